@@ -1,0 +1,32 @@
+"""Hydra's sweeper for this project: a grid, or the rows of an experiment; complete runs are skipped, failures told.
+
+Hydra looks for plugins in the namespace package hydra_plugins, and imports them all at every start: so no heavy import
+at the top.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from joblib import effective_n_jobs
+
+
+class ExperimentSweeper(BasicSweeper):
+    """Plan, tell, launch what is incomplete, report, and make the experiment's table."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from skiprnn import sweep
+
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        assert self.config is not None
+        loader, master = self.hydra_context.config_loader, self.config
+
+        def compose(overrides: Sequence[str]) -> Any:
+            return loader.load_sweep_config(master, list(overrides))
+
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        grid = self.split_arguments(parsed, None)[0]
+        workers = effective_n_jobs(master.hydra.launcher.get("n_jobs", 1))
+        return sweep.run(grid, compose, lambda jobs: self.launcher.launch(jobs, 0), workers)

@@ -1,0 +1,28 @@
+"""Recurrent networks that decide when to compute: Skip RNN (Campos et al. 2018), SA-RNN (Hartvigsen et al. 2020)."""
+
+from skiprnn.recurrent import (
+    GRU,
+    LSTM,
+    SAGRU,
+    SALSTM,
+    RandomSkipGRU,
+    RandomSkipLSTM,
+    Recurrent,
+    RecurrentState,
+    SkipGRU,
+    SkipLSTM,
+)
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "SAGRU",
+    "SALSTM",
+    "RandomSkipGRU",
+    "RandomSkipLSTM",
+    "Recurrent",
+    "RecurrentState",
+    "SkipGRU",
+    "SkipLSTM",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,153 @@
+"""What a run is made of: the schema of the composed Hydra config, and what it checks before anything starts."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from skiprnn.cells import CELLS
+from skiprnn.engines import ENGINES
+from skiprnn.policies import POLICIES
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line that names the setting and the remedy."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass
+class ModelConfig:
+    """conf/model/*.yaml: a cell under a policy, and the budget."""
+
+    name: str
+    cell: str  # lstm | gru
+    policy: str  # always | random_steps | random_neurons | skip | selective
+    hidden_size: int  # H, of every layer
+    num_layers: int = 1  # L
+    layer_norm: bool = False
+    learn_initial_state: bool = True
+    cost_per_sample: float = 0.0  # λ, loss per state update of a sequence
+    embedding_size: int = 300  # width of a word's embedding, for text
+    dropout: float = 0.0  # before the readout
+    p_skip: float | None = None  # random policies: probability of skipping
+
+    def __post_init__(self):
+        _require(self.cell in CELLS, f"model.cell={self.cell}: there are {', '.join(CELLS)}")
+        _require(self.policy in POLICIES, f"model.policy={self.policy}: there are {', '.join(POLICIES)}")
+        _require(self.hidden_size > 0, f"model.hidden_size={self.hidden_size}: must be at least 1")
+        _require(self.num_layers > 0, f"model.num_layers={self.num_layers}: must be at least 1")
+        _require(self.cost_per_sample >= 0, f"model.cost_per_sample={self.cost_per_sample}: λ must not be negative")
+        _require(self.embedding_size > 0, f"model.embedding_size={self.embedding_size}: must be at least 1")
+        _require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be in [0, 1)")
+        random = self.policy.startswith("random")
+        _require(random or self.p_skip is None, f"model.p_skip: policy {self.policy} draws nothing; remove it")
+        _require(not random or self.p_skip is not None, f"model.p_skip: policy {self.policy} needs it")
+        _require(
+            self.p_skip is None or 0 <= self.p_skip <= 1,
+            f"model.p_skip={self.p_skip}: a probability lies in [0, 1]",
+        )
+
+
+@dataclass
+class TrainingConfig:
+    """conf/profile/*: the protocol."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float  # Adam, β = (0.9, 0.999), ε = 1e-8
+    gradient_clip: float = 1.0  # largest global norm of the gradient
+    cost_free_epochs: int = 0  # λ counts as 0 in so many epochs at the start; 0 as published
+    train_batches: int | None = None  # of each epoch; None: all
+    evaluation_batches: int | None = None  # of validation and test; None: all
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "learning_rate", "gradient_clip", "train_batches", "evaluation_batches"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"training.{name}={value}: must be positive")
+        _require(
+            0 <= self.cost_free_epochs < self.epochs,
+            f"training.cost_free_epochs={self.cost_free_epochs}: must be at least 0 and below epochs={self.epochs}",
+        )
+
+
+@dataclass
+class RunConfig:
+    """One run: one seed of one row. `data` holds the data class (`_target_`) and its arguments."""
+
+    data: dict[str, Any]
+    model: ModelConfig
+    training: TrainingConfig
+    seed: int
+    data_root: str = "data"  # where data files are kept
+    output: str = "outputs"  # where run folders are made
+    engine: str = "auto"
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None  # CPU threads; None: torch's choice
+    logger: dict[str, Any] = dataclasses.field(default_factory=dict)
+    profile: dict[str, Any] = dataclasses.field(default_factory=dict)  # name and note of the protocol, for captions
+    experiment: str | None = None
+
+    def __post_init__(self):
+        _require(self.engine in ("auto", *ENGINES), f"engine={self.engine}: there are auto, {', '.join(ENGINES)}")
+        _require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: there are auto, cpu, cuda")
+        _require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be at least 1")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the result, and nothing else: how and where it is computed may change between resumptions."""
+        return {
+            "data": self.data,
+            "model": dataclasses.asdict(self.model),
+            "training": dataclasses.asdict(self.training),
+            "seed": self.seed,
+        }
+
+    @property
+    def hash(self) -> str:
+        """Eight hexadecimal digits of the identity."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def row(self) -> str:
+        """Readable name of model and budget, such as skip_lstm_lambda0.0001."""
+        name = self.model.name
+        if self.model.p_skip is not None:
+            name += f"_p{self.model.p_skip:g}"
+        if self.model.policy in ("skip", "selective"):
+            name += f"_lambda{self.model.cost_per_sample:g}"
+        return name
+
+    @property
+    def name(self) -> str:
+        """Readable and unique: dataset, model and budget, seed, hash."""
+        return f"{self.data['name']}/{self.row}/seed{self.seed}_{self.hash}"
+
+
+def read(config: DictConfig) -> RunConfig:
+    """The checked run of a composed Hydra config.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a value out of its range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.masked_copy(config, _fields(config)))
+        run = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def _fields(config: DictConfig) -> list[str]:
+    """All top-level keys but those that belong to the sweep as a whole."""
+    return [str(key) for key in config if key not in ("hydra", "seeds", "rows")]

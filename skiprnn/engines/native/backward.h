@@ -1,0 +1,387 @@
+// The gradient of the recurrence over some rows of the batch, from each row's last update to its first.
+//
+// At a skipped step the state passes through, but the decision has a gradient (u = 0, a = s + min(q, 1 - s) = s + q):
+//     du = <C, c~ - c> + <H, h~ - h> + Q (p~ - q) - S a + dU;   S <- du + S;   Q <- Q + S
+// so its candidates are needed after all; their product with h is the one saved for the row's next update.
+#pragma once
+#include "forward.h"
+
+namespace skiprnn {
+
+template <class T>
+struct LayerGradients {
+    Buffer<T> weight_ih, weight_hh, bias, gate_state;  // (I, X), (H, G*P), (X), (P): sums over this thread's rows
+
+    LayerGradients(const Layer<T>& layer, bool projected)
+        : weight_ih(projected ? 0 : size_t(layer.I) * layer.X), weight_hh(size_t(layer.H) * layer.G * layer.P), bias(layer.X),
+          gate_state(layer.P) {
+        weight_ih.zero(), weight_hh.zero(), bias.zero(), gate_state.zero();
+    }
+};
+
+template <class T>
+class Backward {
+public:
+    std::vector<LayerGradients<T>> gradients;
+    Buffer<T> d_weight;  // of w_p
+    T d_bias = 0;        // of b_p
+
+    Backward(const Problem<T>& problem, int64_t first, int64_t last)
+        : d_weight(problem.top().P), p(problem), first_(first), rows_(int(last - first)), L(int(p.layers.size())),
+          weight_(policy_weight(p)), times_(rows_), order_(rows_), Q_(rows_), S_(rows_) {
+        d_weight.zero();
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            gradients.emplace_back(layer, l == 0 && p.raw.projected);
+            work_.emplace_back();
+            auto& w = work_.back();
+            w.H.allocate(size_t(rows_) * layer.P);
+            w.C.allocate(size_t(rows_) * layer.P);
+            w.tail.allocate(p.policy == Policy::kSkip ? size_t(rows_) * layer.R : 0);
+            w.previous.allocate(size_t(std::max(rows_, kItems)) * layer.P);
+            w.xin.allocate(size_t(std::max(rows_, kItems)) * layer.X);
+            w.candidates.allocate(size_t(kItems) * 2 * layer.P);
+            w.scratch.allocate(kItems, layer.P, p.lstm);
+            w.dg.allocate(size_t(rows_) * layer.X);
+            w.rh.allocate(p.lstm ? 0 : size_t(rows_) * layer.P);
+            w.drh.allocate(p.lstm ? 0 : size_t(rows_) * layer.P);
+            w.below.allocate(l ? size_t(rows_) * p.layers[l - 1].P : 0);
+            w.kept.allocate(p.neurons ? size_t(rows_) * 2 * layer.P : 0);
+        }
+        x_.allocate(size_t(std::max(rows_, kItems)) * p.layers[0].I);
+        if (p.raw.d_x) dx_.allocate(size_t(rows_) * padded(p.layers[0].I));
+        find_updates();
+    }
+
+    void run() {
+        int m = 0;  // rows by falling number of updates: those that take part are the first m
+        for (int64_t k = rows_ ? int64_t(times_[order_[0]].size()) : -1; k >= 0; --k) {
+            const int newcomers = m;
+            while (m < rows_ && int64_t(times_[order_[m]].size()) >= k) start(m++);
+            if (p.policy == Policy::kSkip) product_of_tail(newcomers, m, k);
+            pass_skipped(m, k);
+            if (k) update(m, k - 1);
+        }
+        for (int i = 0; i < rows_; ++i) finish(i);
+    }
+
+private:
+    static constexpr int kItems = 64;  // candidates of skipped steps computed together
+    struct Work {
+        Buffer<T> H, C;          // gradients of the states, rows in order_
+        Buffer<T> tail;          // z of rows that skip after their last update
+        Buffer<T> previous;      // the state before the update, or h of a tail
+        Buffer<T> xin, dg, rh, drh, below, candidates;
+        Buffer<T> kept;  // gradients of neurons that did not update
+        Candidates<T> scratch;
+    };
+    struct Step {  // a skipped step of row order_[i]
+        int i, candidate;
+        int64_t t;
+    };
+
+    const Problem<T>& p;
+    const int64_t first_;
+    const int rows_, L;
+    Buffer<T> weight_;
+    std::vector<std::vector<int32_t>> times_;  // of each row's updates
+    std::vector<int> order_;
+    std::vector<T> Q_, S_;
+    std::vector<Work> work_;
+    Buffer<T> x_, dx_;
+    std::vector<Step> steps_;
+    int items_ = 0;
+    std::vector<int> item_row_;
+    std::vector<int64_t> item_time_;
+    std::vector<const T*> zp_, hp_, cp_;
+    std::vector<T*> h_new_, c_new_;
+
+    int64_t row(int i) const { return first_ + order_[i]; }
+    int64_t updates(int i) const { return int64_t(times_[order_[i]].size()); }
+    int64_t skipped_from(int i, int64_t k) const { return k ? times_[order_[i]][k - 1] + 1 : 0; }
+    int64_t skipped_to(int i, int64_t k) const { return k < updates(i) ? times_[order_[i]][k] : p.length(row(i)); }
+
+    void find_updates() {
+        for (int r = 0; r < rows_; ++r) {
+            const int64_t b = first_ + r, length = p.length(b);
+            const T* u = p.neurons ? nullptr : p.get(p.raw.updates) + b * p.T_;
+            for (int64_t t = 0; t < length; ++t)
+                if (!u || u[t] != 0) times_[r].push_back(int32_t(t));
+            order_[r] = r;
+        }
+        std::stable_sort(order_.begin(), order_.end(),
+                         [&](int a, int b) { return times_[a].size() > times_[b].size(); });
+    }
+
+    // The gradient of the output at one step joins that of the top layer's h; false if there is none.
+    bool add_output(int i, int64_t t) {
+        if (!p.raw.d_output) return false;
+        const int H = p.top().H;
+        const T* d = p.get(p.raw.d_output) + (row(i) * p.T_ + t) * H;
+        if (std::all_of(d, d + H, [](T value) { return value == 0; })) return false;
+        T* to = work_[L - 1].H + size_t(i) * p.top().P;
+        for (int n = 0; n < H; ++n) to[n] += d[n];
+        return true;
+    }
+
+    void start(int i) {
+        const int64_t b = row(i);
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            auto put = [&](T* to, const void* from) {
+                std::fill(to, to + layer.P, T(0));
+                if (from) std::memcpy(to, p.get(from) + b * layer.H, layer.H * sizeof(T));
+            };
+            put(work_[l].H + size_t(i) * layer.P, layer.raw.d_h);
+            put(work_[l].C + size_t(i) * layer.P, p.lstm ? layer.raw.d_c : nullptr);
+        }
+        Q_[i] = p.raw.d_q ? p.get(p.raw.d_q)[b] : 0;
+        S_[i] = p.raw.d_s ? p.get(p.raw.d_s)[b] : 0;
+        for (int64_t t = p.T_ - 1; t >= p.length(b); --t) add_output(i, t);
+    }
+
+    void finish(int i) {
+        const int64_t b = row(i);
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            std::memcpy(p.get(layer.raw.d_h0) + b * layer.H, work_[l].H + size_t(i) * layer.P, layer.H * sizeof(T));
+            if (p.lstm)
+                std::memcpy(p.get(layer.raw.d_c0) + b * layer.H, work_[l].C + size_t(i) * layer.P, layer.H * sizeof(T));
+        }
+        if (p.policy == Policy::kSkip) p.get(p.raw.d_q0)[b] = Q_[i], p.get(p.raw.d_s0)[b] = S_[i];
+    }
+
+    // Rows that skip after their last update have no saved z: compute it.
+    void product_of_tail(int from, int to, int64_t k) {
+        if (from == to) return;
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            auto& w = work_[l];
+            for (int i = from; i < to; ++i)
+                std::memcpy(w.previous + size_t(i - from) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
+            multiply<T>(to - from, w.previous, layer.P, layer.recurrent, w.tail + size_t(from) * layer.R, layer.R,
+                        Start::kZero);
+        }
+    }
+
+    // The steps that the first m rows skipped just before their update number k, last first.
+    void pass_skipped(int m, int64_t k) {
+        if (p.policy != Policy::kSkip) {
+            if (p.raw.d_output)
+                for (int i = 0; i < m; ++i)
+                    for (int64_t t = skipped_to(i, k) - 1; t >= skipped_from(i, k); --t) add_output(i, t);
+            return;
+        }
+        const size_t bytes = p.layers[0].I * sizeof(T);
+        for (int i = 0; i < m; ++i) {
+            const int64_t b = row(i), from = skipped_from(i, k), to = skipped_to(i, k);
+            for (int64_t t = to - 1; t >= from; --t) {
+                const bool repeats = t < to - 1 && items_ && std::memcmp(p.x(b, t), p.x(b, t + 1), bytes) == 0;
+                if (!repeats) {
+                    if (items_ == kItems) flush(k);
+                    std::memcpy(x_ + size_t(items_++) * p.layers[0].I, p.x(b, t), bytes);
+                    item_row_.push_back(i);
+                    item_time_.push_back(t);
+                }
+                steps_.push_back({i, items_ - 1, t});
+            }
+        }
+        flush(k);
+    }
+
+    void flush(int64_t k) {
+        if (!items_) return;
+        skipped_candidates(k);
+        T worth_of_update = 0, proposed = 0;
+        int candidate = -1;
+        for (const auto& step : steps_) {
+            const int i = step.i;
+            const int64_t b = row(i);
+            if (add_output(i, step.t) || step.candidate != candidate) {
+                worth_of_update = 0;
+                for (int l = 0; l < L; ++l) {
+                    const int P = p.layers[l].P;
+                    const T* h_new = work_[l].candidates + size_t(step.candidate) * 2 * P;
+                    worth_of_update += worth<T>(P, work_[l].H + size_t(i) * P, h_new, p.saved_h(l, k, b));
+                    if (p.lstm)
+                        worth_of_update += worth<T>(P, work_[l].C + size_t(i) * P, h_new + P, p.saved_c(l, k, b));
+                }
+                const int P = p.top().P;
+                const T* top = work_[L - 1].candidates + size_t(step.candidate) * 2 * P + (p.lstm ? P : 0);
+                proposed = propose<T>(p, weight_, top);
+                candidate = step.candidate;
+            }
+            const T q = *p.saved_q(k, b), s0 = k ? T(0) : p.get(p.raw.s0)[b];
+            const T accumulated = s0 + T(step.t - skipped_from(i, k) + 1) * q;
+            const T d_u = p.raw.d_updates ? p.get(p.raw.d_updates)[b * p.T_ + step.t] : T(0);
+            S_[i] += worth_of_update + Q_[i] * (proposed - q) - S_[i] * accumulated + d_u;
+            Q_[i] += S_[i];
+        }
+        steps_.clear(), item_row_.clear(), item_time_.clear(), items_ = 0;
+    }
+
+    // The candidates that the collected steps did not take, from slot k and each step's own input.
+    void skipped_candidates(int64_t k) {
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            auto& w = work_[l];
+            const int P = layer.P;
+            zp_.clear(), hp_.clear(), cp_.clear(), h_new_.clear(), c_new_.clear();
+            for (int item = 0; item < items_; ++item) {
+                const int i = item_row_[item];
+                const int64_t b = row(i);
+                zp_.push_back(k < updates(i) ? p.saved_z(l, k, b) : w.tail + size_t(i) * layer.R);
+                hp_.push_back(p.saved_h(l, k, b));
+                cp_.push_back(p.lstm ? p.saved_c(l, k, b) : nullptr);
+                h_new_.push_back(w.candidates + size_t(item) * 2 * P);
+                c_new_.push_back(h_new_.back() + P);
+            }
+            const T* below = l ? work_[l - 1].candidates : x_;
+            if (l == 0 && p.raw.projected)
+                p.gather_projected(items_, w.xin, [&](int i) { return row(item_row_[i]) * p.T_ + item_time_[i]; });
+            else
+                multiply<T>(items_, below, l ? 2 * p.layers[l - 1].P : layer.I, layer.input, w.xin, layer.X,
+                            Start::kBias, layer.bias);
+            w.scratch.compute(layer, p.lstm, items_, w.xin, zp_.data(), hp_.data(), cp_.data(), h_new_.data(),
+                              c_new_.data());
+        }
+    }
+
+    // Update number k of the first m rows.
+    void update(int m, int64_t k) {
+        const int I = p.layers[0].I;
+        for (int i = 0; i < m; ++i) {
+            const int64_t t = times_[order_[i]][k];
+            std::memcpy(x_ + size_t(i) * I, p.x(row(i), t), I * sizeof(T));
+            add_output(i, t);
+            if (p.policy == Policy::kSkip) gate(i, k, t);
+        }
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            auto& w = work_[l];
+            for (int i = 0; i < m; ++i)
+                std::memcpy(w.previous + size_t(i) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
+        }
+        for (int l = L - 1; l >= 0; --l) update_layer(l, m, k);
+        if (p.raw.d_x) {
+            const auto& layer = p.layers[0];
+            const int width = padded(I);
+            multiply<T>(m, work_[0].dg, layer.X, layer.input_back, dx_, width, Start::kZero);
+            for (int i = 0; i < m; ++i)
+                std::memcpy(p.get(p.raw.d_x) + (row(i) * p.T_ + times_[order_[i]][k]) * I, dx_ + size_t(i) * width,
+                            I * sizeof(T));
+        }
+    }
+
+    // Skip's gate at an update (u = 1): du goes to q and s before the step, Q to what the candidate proposed.
+    void gate(int i, int64_t k, int64_t t) {
+        const int64_t b = row(i);
+        const T q = *p.saved_q(k, b), s = *p.saved_s(k, b), proposed = *p.saved_q(k + 1, b);
+        T du = Q_[i] * (proposed - q) - S_[i] * (s + std::min(q, 1 - s));
+        if (p.raw.d_updates) du += p.get(p.raw.d_updates)[b * p.T_ + t];
+        for (int l = 0; l < L; ++l) {
+            const int P = p.layers[l].P;
+            du += worth<T>(P, work_[l].H + size_t(i) * P, p.saved_h(l, k + 1, b), p.saved_h(l, k, b));
+            if (p.lstm) du += worth<T>(P, work_[l].C + size_t(i) * P, p.saved_c(l, k + 1, b), p.saved_c(l, k, b));
+        }
+        const int P = p.top().P;
+        const T d = Q_[i] * proposed * (1 - proposed);
+        add_scaled<T>(P, d, p.lstm ? p.saved_c(L - 1, k + 1, b) : p.saved_h(L - 1, k + 1, b), d_weight);
+        add_scaled<T>(P, d, weight_, (p.lstm ? work_[L - 1].C : work_[L - 1].H) + size_t(i) * P);
+        d_bias += d;
+        const T through_q = q < 1 - s ? T(1) : q > 1 - s ? T(0) : T(0.5);  // autograd halves the gradient at a tie
+        Q_[i] = through_q * du;
+        S_[i] = through_q * du;  // du directly, less what 1 - s takes back
+    }
+
+    // Gradients of one layer's update; an upper layer reads the candidate below, which the update made the state below.
+    void update_layer(int l, int m, int64_t k) {
+        const auto& layer = p.layers[l];
+        auto& w = work_[l];
+        auto& sums = gradients[l];
+        const int P = layer.P, X = layer.X, R = layer.R, H = layer.H;
+        const T* below = x_;
+        const int width = l ? p.layers[l - 1].P : layer.I;
+        if (l) {
+            below = w.below;
+            for (int i = 0; i < m; ++i)
+                std::memcpy(w.below + size_t(i) * width, p.saved_h(l - 1, k + 1, row(i)), width * sizeof(T));
+        }
+        const bool projected = l == 0 && p.raw.projected;
+        if (projected)
+            p.gather_projected(m, w.xin, [&](int i) { return row(i) * p.T_ + times_[order_[i]][k]; });
+        else
+            multiply<T>(m, below, width, layer.input, w.xin, X, Start::kBias, layer.bias);
+        for (int i = 0; p.neurons && i < m; ++i) split(i, k);
+        if (p.lstm) {
+            for (int i = 0; i < m; ++i)
+                lstm_backward<T>(P, w.xin + i * X, p.saved_z(l, k, row(i)), p.saved_c(l, k, row(i)), w.H + i * P,
+                                 w.C + i * P, w.dg + i * X);
+        } else {
+            for (int i = 0; i < m; ++i)
+                gru_backward_candidate<T>(P, w.xin + i * X, p.saved_z(l, k, row(i)), w.previous + i * P, w.H + i * P,
+                                          w.dg + i * X, w.rh + i * P);
+            multiply<T>(m, w.dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
+            for (int i = 0; i < m; ++i)
+                gru_backward_reset<T>(P, w.xin + i * X, p.saved_z(l, k, row(i)), w.previous + i * P, w.drh + i * P,
+                                      w.H + i * P, w.dg + i * X);
+            multiply_transposed<T>(H, P, m, w.rh, P, w.dg + 2 * P, X, sums.weight_hh + 2 * P, 3 * P);
+        }
+        for (int i = 0; p.neurons && i < m; ++i) join(i);
+        multiply<T>(m, w.dg, X, layer.recurrent_back, w.H, P, Start::kAccumulate);
+        multiply_transposed<T>(H, R, m, w.previous, P, w.dg, X, sums.weight_hh, layer.G * P);
+        for (int i = 0; projected && i < m; ++i)
+            std::memcpy(p.get(p.raw.d_projected) + (p.raw.row_starts[row(i)] + k) * X, w.dg + size_t(i) * X,
+                        X * sizeof(T));
+        if (!projected) multiply_transposed<T>(layer.I, X, m, below, width, w.dg, X, sums.weight_ih, X);
+        const T one = 1;
+        multiply_transposed<T>(1, X, m, &one, 0, w.dg, X, sums.bias, X);
+        if (l) multiply<T>(m, w.dg, X, layer.input_back, work_[l - 1].H, width, Start::kAccumulate);
+    }
+
+    // Neuron policies: of the gradients of the new state, what goes to the candidate, to the old state and to the decision.
+    void split(int i, int64_t k) {
+        const auto& layer = p.top();
+        auto& w = work_[0];
+        const int P = layer.P;
+        const int64_t b = row(i), step = b * p.T_ + times_[order_[i]][k];
+        const T *xin = w.xin + size_t(i) * layer.X, *z = p.saved_z(0, k, b), *h = w.previous + size_t(i) * P;
+        const T* u = p.get(p.raw.updates) + step * layer.H;
+        T *H = w.H + size_t(i) * P, *C = w.C + size_t(i) * P, *kept = w.kept + size_t(i) * 2 * P;
+        const bool learned = p.policy == Policy::kSelective;
+        if (learned) {
+            T *h_new = w.candidates, *c_new = h_new + P, *da = w.dg + size_t(i) * layer.X + layer.G * P;
+            const T *c = p.lstm ? p.saved_c(0, k, b) : nullptr, slope = T(p.raw.slope);
+            if (p.lstm)
+                lstm_candidate<T>(P, xin, z, c, h_new, c_new);
+            else
+                gru_candidate<T>(P, xin, z, z + 2 * P, h, h_new);
+            std::fill(da, da + P, T(0));
+            for (int n = 0; n < layer.H; ++n) {
+                const T ramp = ((xin[layer.G * P + n] + layer.gate_state[n] * h[n]) * slope + 1) / 2;
+                if (ramp < 0 || ramp > 1) continue;  // the clamp passes no gradient
+                T du = H[n] * (h_new[n] - h[n]);
+                if (p.lstm) du += C[n] * (c_new[n] - c[n]);
+                if (p.raw.d_updates) du += p.get(p.raw.d_updates)[step * layer.H + n];
+                da[n] = du * slope / 2;
+                gradients[0].gate_state[n] += da[n] * h[n];
+            }
+        }
+        std::fill(kept, kept + 2 * P, T(0));
+        for (int n = 0; n < layer.H; ++n)
+            if (u[n] == 0) kept[n] = H[n], kept[P + n] = C[n], H[n] = 0, C[n] = 0;
+    }
+
+    void join(int i) {
+        const auto& layer = p.top();
+        auto& w = work_[0];
+        const int P = layer.P;
+        add_scaled<T>(P, 1, w.kept + size_t(i) * 2 * P, w.H + size_t(i) * P);
+        add_scaled<T>(P, 1, w.kept + size_t(i) * 2 * P + P, w.C + size_t(i) * P);
+        if (p.policy != Policy::kSelective) return;
+        const T* da = w.dg + size_t(i) * layer.X + layer.G * P;
+        for (int n = 0; n < layer.H; ++n) w.H[size_t(i) * P + n] += da[n] * layer.gate_state[n];
+    }
+};
+
+}  // namespace skiprnn

@@ -1,0 +1,242 @@
+// The forward recurrence over some rows of the batch. Each row runs on its own clock: the k-th round of the loop is the
+// k-th update of every row that still has one, whenever that is, so skipped steps cost nothing and no lockstep is needed.
+#pragma once
+#include <cmath>
+
+#include "problem.h"
+
+namespace skiprnn {
+
+// Candidates of one layer for m items, from rows of pointers: the previous state, z and what to write.
+template <class T>
+struct Candidates {
+    Buffer<T> rh, zc;
+
+    void allocate(int items, int P, bool lstm) {
+        if (lstm) return;
+        rh.allocate(size_t(items) * P);
+        zc.allocate(size_t(items) * P);
+    }
+
+    void compute(const Layer<T>& layer, bool lstm, int m, const T* xin, const T* const* z, const T* const* h,
+                 const T* const* c, T* const* h_new, T* const* c_new) {
+        const int P = layer.P, X = layer.X;
+        if (lstm) {
+            for (int r = 0; r < m; ++r) lstm_candidate<T>(P, xin + r * X, z[r], c[r], h_new[r], c_new[r]);
+            return;
+        }
+        for (int r = 0; r < m; ++r) gru_reset<T>(P, xin + r * X, z[r], h[r], rh + r * P);
+        multiply<T>(m, rh, P, layer.candidate, zc, P, Start::kZero);
+        for (int r = 0; r < m; ++r) gru_candidate<T>(P, xin + r * X, z[r], zc + r * P, h[r], h_new[r]);
+    }
+};
+
+template <class T>
+inline T logistic(T x) {
+    return 1 / (1 + std::exp(-x));
+}
+
+// What Skip proposes as the next q, from the last entry of the top layer's candidate.
+template <class T>
+inline T propose(const Problem<T>& p, const T* weight, const T* top) {
+    return logistic<T>(dot<T>(p.top().P, weight, top) + p.get(p.raw.policy_bias)[0]);
+}
+
+// w_p, padded.
+template <class T>
+Buffer<T> policy_weight(const Problem<T>& p) {
+    Buffer<T> weight(p.top().P);
+    weight.zero();
+    if (p.policy == Policy::kSkip) std::memcpy(weight, p.raw.policy_weight, p.top().H * sizeof(T));
+    return weight;
+}
+
+// u of each neuron of one layer and step: from the draw (H), or Selective's gate on xin's last block.
+template <class T>
+inline void decide_neurons(const Problem<T>& p, const Layer<T>& layer, int64_t step, const T* xin, const T* h, T* u) {
+    if (p.policy == Policy::kRandomNeurons) {
+        const T* draw = p.get(p.raw.draw) + step * layer.H;
+        for (int n = 0; n < layer.H; ++n) u[n] = draw[n] > T(0.5);
+        return;
+    }
+    const T* gate = xin + layer.G * layer.P;
+    for (int n = 0; n < layer.H; ++n)
+        u[n] = ((gate[n] + layer.gate_state[n] * h[n]) * T(p.raw.slope) + 1) / 2 > T(0.5);
+}
+
+template <class T>
+class Forward {
+public:
+    Forward(const Problem<T>& problem, int64_t first, int64_t last)
+        : p(problem), first_(first), rows_(int(last - first)), L(int(p.layers.size())), save_(p.raw.layer[0].saved_h),
+          weight_(policy_weight(p)), time_(rows_), q_(rows_), s_(rows_) {
+        int widest = 0, widest_input = 0, P = 0;
+        for (const auto& layer : p.layers) {
+            widest = std::max(widest, layer.R);
+            widest_input = std::max(widest_input, layer.X);
+            P = std::max(P, layer.P);
+            h_.emplace_back(save_ ? 0 : size_t(rows_) * layer.P);
+            c_.emplace_back(save_ ? 0 : size_t(rows_) * layer.P);
+        }
+        z_.allocate(size_t(rows_) * widest);
+        xin_.allocate(size_t(rows_) * widest_input);
+        x_.allocate(size_t(rows_) * p.layers[0].I);
+        gathered_.allocate(size_t(rows_) * P);
+        mixed_.allocate(size_t(rows_) * 2 * P);
+        mixed_.zero();
+        candidates_.allocate(rows_, P, p.lstm);
+    }
+
+    void run() {
+        for (int r = 0; r < rows_; ++r) start(r);
+        for (int64_t k = 0;; ++k) {
+            active_.clear();
+            for (int r = 0; r < rows_; ++r)
+                if (time_[r] < p.length(first_ + r)) active_.push_back(r);
+            if (active_.empty()) break;
+            for (size_t i = 0; !p.raw.projected && i < active_.size(); ++i) {
+                const int64_t b = first_ + active_[i];
+                std::memcpy(x_ + i * p.layers[0].I, p.x(b, time_[active_[i]]), p.layers[0].I * sizeof(T));
+            }
+            for (int l = 0; l < L; ++l) update(l, k);
+            for (int r : active_) advance(r, k + 1);
+        }
+    }
+
+private:
+    const Problem<T>& p;
+    const int64_t first_;
+    const int rows_, L;
+    const bool save_;
+    Buffer<T> weight_;
+    std::vector<Buffer<T>> h_, c_;              // the current states; with save_, they live in the saved tensors instead
+    Buffer<T> z_, xin_, x_, gathered_, mixed_;  // rows in the order of active_
+    Candidates<T> candidates_;
+    std::vector<int64_t> time_;  // of each row's next update
+    std::vector<T> q_, s_;
+    std::vector<int> active_;
+    std::vector<const T*> zp_, hp_, cp_;
+    std::vector<T*> h_new_, c_new_;
+
+    T* h(int l, int64_t k, int r) { return save_ ? p.saved_h(l, k, first_ + r) : h_[l] + r * p.layers[l].P; }
+    T* c(int l, int64_t k, int r) {
+        if (!p.lstm) return nullptr;
+        return save_ ? p.saved_c(l, k, first_ + r) : c_[l] + r * p.layers[l].P;
+    }
+
+    void start(int r) {
+        const int64_t b = first_ + r;
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            auto put = [&](T* to, const void* from) {
+                std::memcpy(to, p.get(from) + b * layer.H, layer.H * sizeof(T));
+                std::fill(to + layer.H, to + layer.P, T(0));
+            };
+            put(h(l, 0, r), layer.raw.h0);
+            if (p.lstm) put(c(l, 0, r), layer.raw.c0);
+        }
+        if (p.policy == Policy::kSkip) q_[r] = p.get(p.raw.q0)[b], s_[r] = p.get(p.raw.s0)[b];
+        const int64_t width = p.neurons ? p.top().H : 1;
+        std::memset(p.get(p.raw.updates) + b * p.T_ * width, 0, p.T_ * width * sizeof(T));
+        wait(r, 0, 0);
+    }
+
+    // The time of the row's update number k, the first at or after `from`; until then its output repeats.
+    void wait(int r, int64_t from, int64_t k) {
+        const int64_t b = first_ + r, end = p.length(b);
+        int64_t t = from;
+        if (p.policy == Policy::kRandomSteps) {
+            while (t < end && !(p.get(p.raw.draw)[b * p.T_ + t] > T(0.5))) ++t;
+        } else if (p.policy == Policy::kSkip) {
+            for (; t < end; ++t) {  // repeated addition, as the reference: eq. 6 in closed form differs at exact ties
+                const T accumulated = s_[r] + std::min(q_[r], 1 - s_[r]);
+                if (accumulated > T(0.5)) break;
+                s_[r] = accumulated;
+            }
+            if (save_) *p.saved_q(k, b) = q_[r], *p.saved_s(k, b) = s_[r];
+        }
+        time_[r] = t;
+        const T* state = h(L - 1, k, r);
+        const int64_t H = p.top().H, to = t < end ? t : p.T_;
+        T* out = p.get(p.raw.output) + b * p.T_ * H;
+        for (int64_t step = std::max<int64_t>(from - 1, 0); step < to; ++step)
+            std::memcpy(out + step * H, state, H * sizeof(T));
+        if (t == end) finish(r, k);
+    }
+
+    void finish(int r, int64_t k) {
+        const int64_t b = first_ + r;
+        for (int l = 0; l < L; ++l) {
+            const auto& layer = p.layers[l];
+            std::memcpy(p.get(layer.raw.h) + b * layer.H, h(l, k, r), layer.H * sizeof(T));
+            if (p.lstm) std::memcpy(p.get(layer.raw.c) + b * layer.H, c(l, k, r), layer.H * sizeof(T));
+        }
+        if (p.policy == Policy::kSkip) p.get(p.raw.q)[b] = q_[r], p.get(p.raw.s)[b] = s_[r];
+    }
+
+    // Rows of h, contiguous for a product.
+    const T* contiguous(int l, int64_t k) {
+        const int P = p.layers[l].P;
+        if (int(active_.size()) == rows_) return h(l, k, 0);
+        for (size_t i = 0; i < active_.size(); ++i) std::memcpy(gathered_ + i * P, h(l, k, active_[i]), P * sizeof(T));
+        return gathered_;
+    }
+
+    // Update number k of the active rows in one layer.
+    void update(int l, int64_t k) {
+        const auto& layer = p.layers[l];
+        const int m = int(active_.size()), P = layer.P, R = layer.R;
+        if (l == 0 && p.raw.projected)
+            p.gather_projected(m, xin_, [&](int i) { return (first_ + active_[i]) * p.T_ + time_[active_[i]]; });
+        else if (l == 0)
+            multiply<T>(m, x_, layer.I, layer.input, xin_, layer.X, Start::kBias, layer.bias);
+        else
+            multiply<T>(m, contiguous(l - 1, k + 1), p.layers[l - 1].P, layer.input, xin_, layer.X, Start::kBias,
+                        layer.bias);
+        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z_, R, Start::kZero);
+        zp_.clear(), hp_.clear(), cp_.clear(), h_new_.clear(), c_new_.clear();
+        for (int i = 0; i < m; ++i) {
+            const int r = active_[i];
+            zp_.push_back(z_ + size_t(i) * R);
+            hp_.push_back(h(l, k, r));
+            cp_.push_back(c(l, k, r));
+            h_new_.push_back(p.neurons ? mixed_ + size_t(i) * 2 * P : h(l, k + 1, r));
+            c_new_.push_back(p.neurons ? mixed_ + size_t(i) * 2 * P + P : c(l, k + 1, r));
+        }
+        candidates_.compute(layer, p.lstm, m, xin_, zp_.data(), hp_.data(), cp_.data(), h_new_.data(), c_new_.data());
+        for (int i = 0; save_ && i < m; ++i) {
+            T* saved = p.saved_z(l, k, first_ + active_[i]);
+            std::memcpy(saved, zp_[i], R * sizeof(T));
+            if (!p.lstm) std::memcpy(saved + R, candidates_.zc + i * P, P * sizeof(T));
+        }
+        for (int i = 0; p.neurons && i < m; ++i) mix(l, k, i);
+    }
+
+    // Each neuron takes its candidate or stays.
+    void mix(int l, int64_t k, int i) {
+        const auto& layer = p.layers[l];
+        const int r = active_[i];
+        const int64_t step = (first_ + r) * p.T_ + time_[r];
+        T* u = p.get(p.raw.updates) + step * layer.H;
+        decide_neurons<T>(p, layer, step, xin_ + size_t(i) * layer.X, hp_[i], u);
+        auto choose = [&](const T* candidate, const T* previous, T* to) {
+            for (int n = 0; n < layer.H; ++n) to[n] = u[n] != 0 ? candidate[n] : previous[n];
+            std::fill(to + layer.H, to + layer.P, T(0));
+        };
+        choose(h_new_[i], hp_[i], h(l, k + 1, r));
+        if (p.lstm) choose(c_new_[i], cp_[i], c(l, k + 1, r));
+    }
+
+    // After the row's update: the gate, and when the next one is. k counts the updates so far.
+    void advance(int r, int64_t k) {
+        const int64_t b = first_ + r;
+        if (!p.neurons) p.get(p.raw.updates)[b * p.T_ + time_[r]] = 1;
+        if (p.policy == Policy::kSkip) {
+            q_[r] = propose<T>(p, weight_, p.lstm ? c(L - 1, k, r) : h(L - 1, k, r));
+            s_[r] = 0;
+        }
+        wait(r, time_[r] + 1, k);
+    }
+};
+
+}  // namespace skiprnn

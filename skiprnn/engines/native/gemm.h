@@ -1,0 +1,150 @@
+// Matrix products of few rows, C (M, N) = A (M, K) B (K, N), on vector extensions; B is packed once per call of the engine.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "vector.h"
+
+namespace skiprnn {
+
+// Uninitialised memory aligned to a cache line, freed with its owner.
+template <class T>
+class Buffer {
+public:
+    Buffer() = default;
+    explicit Buffer(size_t size) { allocate(size); }
+    Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+    Buffer& operator=(Buffer&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        return *this;
+    }
+    ~Buffer() { std::free(data_); }
+    void allocate(size_t size) {
+        std::free(data_);
+        const size_t bytes = (size * sizeof(T) + 127) / 64 * 64;
+        data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+        if (!data_) throw std::bad_alloc();
+        size_ = size;
+    }
+    void zero() { std::memset(data_, 0, size_ * sizeof(T)); }
+    size_t size() const { return size_; }
+    operator T*() const { return data_; }
+
+private:
+    T* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxTileRows = 14;  // 28 accumulators of 32 registers
+#else
+constexpr int kMaxTileRows = 6;  // 12 accumulators of 16 registers
+#endif
+constexpr int kTileVectors = 2;
+
+// One tile of C in registers: Rows x Vectors vectors. Transposed: A is given as (K, M), as in the gradient of a weight.
+template <class T, int Rows, int Vectors, bool Transposed>
+void tile(ptrdiff_t K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, T* c, ptrdiff_t ldc, const T* init,
+          ptrdiff_t ldinit) {
+    constexpr int W = kLanes<T>;
+    Vector<T> acc[Rows][Vectors];
+#pragma GCC unroll 16
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 2
+        for (int n = 0; n < Vectors; ++n) acc[m][n] = init ? load<T>(init + m * ldinit + n * W) : Vector<T>{};
+    for (ptrdiff_t k = 0; k < K; ++k) {
+        Vector<T> bk[Vectors];
+#pragma GCC unroll 2
+        for (int n = 0; n < Vectors; ++n) bk[n] = load<T>(b + k * ldb + n * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < Rows; ++m) {
+            const T value = Transposed ? a[k * lda + m] : a[m * lda + k];
+#pragma GCC unroll 2
+            for (int n = 0; n < Vectors; ++n) acc[m][n] += value * bk[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 2
+        for (int n = 0; n < Vectors; ++n) store<T>(c + m * ldc + n * W, acc[m][n]);
+}
+
+template <class T>
+using Tile = void (*)(ptrdiff_t, const T*, ptrdiff_t, const T*, ptrdiff_t, T*, ptrdiff_t, const T*, ptrdiff_t);
+
+template <class T, int Vectors, bool Transposed, int... Rows>
+constexpr std::array<Tile<T>, sizeof...(Rows)> tiles(std::integer_sequence<int, Rows...>) {
+    return {tile<T, Rows + 1, Vectors, Transposed>...};
+}
+
+// All rows of one panel of B, in tiles of nearly equal height.
+template <class T, int Vectors, bool Transposed>
+void panel(int M, ptrdiff_t K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, T* c, ptrdiff_t ldc, const T* init,
+           ptrdiff_t ldinit) {
+    static constexpr auto kTiles = tiles<T, Vectors, Transposed>(std::make_integer_sequence<int, kMaxTileRows>());
+    for (int left = (M + kMaxTileRows - 1) / kMaxTileRows; left > 0; --left) {
+        const int rows = (M + left - 1) / left;
+        kTiles[rows - 1](K, a, lda, b, ldb, c, ldc, init, ldinit);
+        M -= rows;
+        a += Transposed ? rows : rows * lda;
+        c += rows * ldc;
+        if (init) init += rows * ldinit;
+    }
+}
+
+// B (K, N) in panels of kTileVectors vectors, each contiguous over K; N is a multiple of the lanes.
+template <class T>
+struct Packed {
+    int K = 0, N = 0;
+    Buffer<T> data;
+
+    template <class Element>  // element(k, n); 0 for padding
+    void pack(int rows, int columns, Element element) {
+        K = rows, N = columns;
+        data.allocate(size_t(K) * N);
+        constexpr int width = kTileVectors * kLanes<T>;
+        T* out = data;
+        for (int n0 = 0; n0 < N; n0 += width)
+            for (int k = 0; k < K; ++k)
+                for (int n = n0; n < std::min(n0 + width, N); ++n) *out++ = element(k, n);
+    }
+};
+
+enum class Start { kZero, kAccumulate, kBias };
+
+// C (M, N) = A B, plus C itself or a bias row.
+template <class T>
+void multiply(int M, const T* a, ptrdiff_t lda, const Packed<T>& b, T* c, ptrdiff_t ldc, Start start,
+              const T* bias = nullptr) {
+    constexpr int W = kLanes<T>;
+    const T* packed = b.data;
+    for (int n = 0; n < b.N; n += kTileVectors * W) {
+        const T* init = start == Start::kZero ? nullptr : start == Start::kBias ? bias + n : c + n;
+        const ptrdiff_t ldinit = start == Start::kBias ? 0 : ldc;
+        if (b.N - n >= kTileVectors * W)
+            panel<T, kTileVectors, false>(M, b.K, a, lda, packed, kTileVectors * W, c + n, ldc, init, ldinit);
+        else
+            panel<T, 1, false>(M, b.K, a, lda, packed, W, c + n, ldc, init, ldinit);
+        packed += ptrdiff_t(b.K) * kTileVectors * W;
+    }
+}
+
+// C (M, N) += A^T B, with A (K, M) and B (K, N) as they lie in memory: the gradient of a weight over K rows.
+template <class T>
+void multiply_transposed(int M, int N, int K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, T* c,
+                         ptrdiff_t ldc) {
+    constexpr int W = kLanes<T>;
+    for (int n = 0; n < N; n += kTileVectors * W) {
+        if (N - n >= kTileVectors * W)
+            panel<T, kTileVectors, true>(M, K, a, lda, b + n, ldb, c + n, ldc, c + n, ldc);
+        else
+            panel<T, 1, true>(M, K, a, lda, b + n, ldb, c + n, ldc, c + n, ldc);
+    }
+}
+
+}  // namespace skiprnn

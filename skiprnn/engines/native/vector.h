@@ -1,0 +1,137 @@
+// Vectors of the widest kind the compiler was told it may use, and exp, sigmoid, tanh on them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace skiprnn {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef float Vector __attribute__((vector_size(kVectorBytes), may_alias));
+    typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    typedef int32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+    static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    static constexpr int kMantissa = 23;
+    static constexpr int32_t kOne = 127 << 23;  // the bits of 1.0
+    static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860677e-6f;
+    static constexpr float kSigmoidLimit = 60, kTanhLimit = 20;  // beyond, the result no longer changes visibly
+    // expm1(r) / r on |r| <= ln(2) / 2, Chebyshev fit: relative error 1e-8
+    static constexpr int kTerms = 6;
+    static constexpr float kCoefficients[kTerms] = {1.0f,        0.5f,          0.16666504741f,
+                                                    0.041666351f, 0.0083691580f, 0.0013941121f};
+};
+
+template <>
+struct Simd<double> {
+    typedef double Vector __attribute__((vector_size(kVectorBytes), may_alias));
+    typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+    typedef int64_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+    static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr int kMantissa = 52;
+    static constexpr int64_t kOne = int64_t(1023) << 52;
+    static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+    static constexpr double kSigmoidLimit = 300, kTanhLimit = 42;
+    // expm1(r) / r, Taylor: the next term is below 1e-17
+    static constexpr int kTerms = 14;
+    static constexpr double kCoefficients[kTerms] = {
+        1.0,          1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,        1.0 / 720,         1.0 / 5040,
+        1.0 / 40320,  1.0 / 362880,  1.0 / 3628800,  1.0 / 39916800,  1.0 / 479001600,  1.0 / 6227020800.0,
+        1.0 / 87178291200.0};
+};
+
+template <class T>
+using Vector = typename Simd<T>::Vector;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+inline Vector<T> load(const T* p) {
+    return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v) {
+    *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+template <class T>
+inline T sum(Vector<T> v) {
+    T total = 0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) total += v[lane];
+    return total;
+}
+
+template <class T>
+inline Vector<T> clamp(Vector<T> x, T limit) {
+    const Vector<T> high = Vector<T>{} + limit, low = Vector<T>{} - limit;
+    x = x > high ? high : x;  // a NaN passes through both
+    return x < low ? low : x;
+}
+
+// exp(x) = scale * (1 + p) with scale a power of two and p = expm1(r), |r| <= ln(2) / 2
+template <class T>
+inline void exp_parts(Vector<T> x, Vector<T>& scale, Vector<T>& p) {
+    using S = Simd<T>;
+    const T log2e = T(1.44269504088896340736);
+    const Vector<T> shifted = x * log2e + S::kMagic;
+    const Vector<T> n = shifted - S::kMagic;
+    const Vector<T> r = (x - n * S::kLn2High) - n * S::kLn2Low;
+    Vector<T> q = Vector<T>{} + S::kCoefficients[S::kTerms - 1];
+#pragma GCC unroll 16
+    for (int term = S::kTerms - 2; term >= 0; --term) q = q * r + S::kCoefficients[term];
+    p = q * r;
+    typename S::Bits bits = (typename S::Bits)shifted;
+    bits = (bits << S::kMantissa) + S::kOne;
+    scale = (Vector<T>)bits;
+}
+
+// 1 + exp(-x), so that sigmoid(x) is its inverse
+template <class T>
+inline Vector<T> sigmoid_inverse(Vector<T> x) {
+    Vector<T> scale, p;
+    exp_parts<T>(-clamp<T>(x, Simd<T>::kSigmoidLimit), scale, p);
+    return (scale * p + scale) + T(1);
+}
+
+// expm1(2x), so that tanh(x) = e / (e + 2), accurate near 0 too
+template <class T>
+inline Vector<T> tanh_exponential(Vector<T> x) {
+    Vector<T> scale, p;
+    exp_parts<T>(clamp<T>(x + x, Simd<T>::kTanhLimit), scale, p);
+    return scale * p + (scale - T(1));
+}
+
+template <class T>
+inline Vector<T> sigmoid(Vector<T> x) {
+    return T(1) / sigmoid_inverse<T>(x);
+}
+
+// sigmoid(a) * tanh(b) for one division
+template <class T>
+inline Vector<T> sigmoid_times_tanh(Vector<T> a, Vector<T> b) {
+    const Vector<T> e = tanh_exponential<T>(b);
+    return e / (sigmoid_inverse<T>(a) * (e + T(2)));
+}
+
+// sigmoid(a) and tanh(b) for one division
+template <class T>
+inline void sigmoid_and_tanh(Vector<T> a, Vector<T> b, Vector<T>& sigmoid_a, Vector<T>& tanh_b) {
+    const Vector<T> s = sigmoid_inverse<T>(a), e = tanh_exponential<T>(b), e2 = e + T(2);
+    const Vector<T> inverse = T(1) / (s * e2);
+    sigmoid_a = inverse * e2;
+    tanh_b = e * (inverse * s);
+}
+
+}  // namespace skiprnn

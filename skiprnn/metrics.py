@@ -1,0 +1,90 @@
+"""What is measured: task loss, accuracy or squared error, state updates, FLOPs.
+
+Shapes: B batch, T steps, H hidden, C classes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from skiprnn.policies import StepPolicy
+from skiprnn.recurrent import Recurrent
+
+
+def state_updates(updates: Tensor) -> Tensor:
+    """Number of state updates of each sequence (B,): sum over steps, and mean over neurons where each one decides.
+
+    Args:
+        updates: (B, T) of a step policy or (B, T, H) of a neuron policy.
+    """
+    return updates.sum(1) if updates.dim() == 2 else updates.sum(1).mean(-1)
+
+
+def task_loss(task: str, prediction: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each sequence (B,): cross-entropy of logits (B, C), or half the squared error of (B, 1).
+
+    Half, because the authors' adding task minimises tf.nn.l2_loss: the published λ belong to that scale.
+    """
+    if task == "classification":
+        return functional.cross_entropy(prediction, targets, reduction="none")
+    return (prediction.squeeze(1) - targets).square() / 2
+
+
+def score(task: str, prediction: Tensor, targets: Tensor) -> Tensor:
+    """Of each sequence (B,): 1 where the largest logit is the target's, else 0; or the squared error."""
+    if task == "classification":
+        return (prediction.argmax(1) == targets).to(prediction.dtype)
+    return (prediction.squeeze(1) - targets).square()
+
+
+SCORES = {"classification": "accuracy", "regression": "mse"}  # what `score` averages to
+BETTER = {"classification": max, "regression": min}
+
+
+class EpochSums:
+    """Sums over an epoch's examples, kept on the device so that no step waits for it; weighted by examples.
+
+    Gives per-example means, so that batches of unequal size count as they should.
+    """
+
+    def __init__(self, task: str, device: torch.device):
+        self.task = task
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.examples = 0
+
+    def add(self, losses: Tensor, scores: Tensor, updates: Tensor, budget_losses: Tensor) -> None:
+        """Add a batch; all (B,): task losses, scores, state updates and λ * state updates."""
+        entries = [losses, budget_losses, scores, updates, updates.double().square()]
+        self.sums += torch.stack([entry.detach().double().sum() for entry in entries])
+        self.examples += len(losses)
+
+    def results(self) -> dict[str, float]:
+        """Means over examples; `state_updates_std` is the sample standard deviation over examples."""
+        task, budget, score_sum, updates, squares = self.sums.tolist()
+        n = max(self.examples, 1)
+        variance = max(squares - updates**2 / n, 0.0) / max(n - 1, 1)
+        return {
+            "loss": (task + budget) / n,
+            "task_loss": task / n,
+            "budget_loss": budget / n,
+            SCORES[self.task]: score_sum / n,
+            "state_updates": updates / n,
+            "state_updates_std": variance**0.5,
+        }
+
+
+def inference_flops(rnn: Recurrent, updates: float, steps: int) -> float:
+    """Multiplications of the recurrent network for one sequence, as the papers count them ([SKIP] section 4).
+
+    An update costs gates * H * (I + H) per layer, and H more for the update gate of a Skip RNN; SA-RNN's neurons cost
+    their share of a layer each, and the coordinator works at every step.
+
+    Args:
+        rnn: the network.
+        updates: mean state updates of a sequence, as `state_updates` counts them.
+        steps: T.
+    """
+    per_update = sum(cell.gates * cell.hidden_size * (cell.input_size + cell.hidden_size) for cell in rnn.cells)
+    if isinstance(rnn.policy, StepPolicy):
+        per_update += rnn.policy.flops_per_update()
+    return updates * per_update + steps * rnn.policy.flops_per_step()

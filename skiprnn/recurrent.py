@@ -1,0 +1,247 @@
+"""A recurrent network = cells × policy × layers, with torch.nn.LSTM's habits.
+
+rnn = SkipLSTM(input_size, hidden_size, num_layers=1, batch_first=True)
+output, state, updates = rnn(x, state=None, lengths=None)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from skiprnn import engines
+from skiprnn.cells import CELLS, Cell, State
+from skiprnn.policies import Policy, StepPolicy, make_policy
+from skiprnn.stream import Stream
+
+
+class RecurrentState(NamedTuple):
+    """What a recurrent network remembers between two calls. Feed it back to continue a sequence.
+
+    Layers of unequal hidden sizes have tuples of (B, H) tensors in place of (L, B, H).
+    """
+
+    h: Tensor | tuple[Tensor, ...]  # (L, B, H)
+    c: Tensor | tuple[Tensor, ...] | None = None  # (L, B, H), LSTM
+    update_prob: Tensor | None = None  # (B, 1), Skip: q, the increment of the gate per skipped step
+    cum_update_prob: Tensor | None = None  # (B, 1), Skip: s, accumulated since the last update
+
+
+class Recurrent(nn.Module):
+    """A stack of layers of one cell under one update policy.
+
+    Args:
+        cell: "lstm" or "gru".
+        policy: "always", "random_steps", "random_neurons", "skip" or "selective".
+        input_size: I.
+        hidden_size: H, one for all layers or one per layer.
+        num_layers: L.
+        batch_first: x and output are (B, T, ·); otherwise (T, B, ·). `updates` and `state` do not change with it.
+        layer_norm: normalise each gate's pre-activation.
+        learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
+        p_skip: probability of skipping, for the two random policies only.
+        engine: who runs the time loop, see skiprnn.engines; "auto" takes the fastest that serves.
+
+    Raises:
+        ValueError: an unknown name, a size below 1, p_skip out of [0, 1] or where it does not belong.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        policy: str,
+        input_size: int,
+        hidden_size: int | Sequence[int],
+        num_layers: int = 1,
+        *,
+        batch_first: bool = True,
+        layer_norm: bool = False,
+        learn_initial_state: bool = True,
+        p_skip: float | None = None,
+        engine: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
+        sizes = [hidden_size] * num_layers if isinstance(hidden_size, int) else list(hidden_size)
+        if min([input_size, num_layers, *sizes]) < 1 or len(sizes) != num_layers:
+            raise ValueError(
+                f"sizes must be at least 1, with a hidden size for each layer; got input_size={input_size}, "
+                f"hidden_size={hidden_size}, num_layers={num_layers}"
+            )
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.batch_first = batch_first
+        self.engine = engine
+        engines.check(engine)
+        self.layers = nn.ModuleList(
+            CELLS[cell](below, size, layer_norm, learn_initial_state)
+            for below, size in zip([input_size, *sizes[:-1]], sizes, strict=True)
+        )
+        self.policy: Policy = make_policy(policy, self.cells, p_skip)
+        self.to(device=device, dtype=dtype)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The layers, from the input up."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the constructor does."""
+        for cell in self.cells:
+            cell.reset_parameters()
+        self.policy.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: RecurrentState | Sequence[Tensor] | Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, RecurrentState, Tensor]:
+        """Run whole sequences.
+
+        Args:
+            x: (B, T, I), or (T, B, I) without batch_first; the parameters' dtype and device.
+            state: where to continue: a RecurrentState, or as in torch a pair (h, c) for LSTMs, h for GRUs, (L, B, H)
+                each. None: the initial state.
+            lengths: (B,) integers, the steps of each sequence that count; later ones update nothing and repeat the
+                last valid output. None: all T.
+
+        Returns:
+            output: the top layer's h, (B, T, H).
+            state: after the last valid step.
+            updates: 1 where the state was updated, else 0: (B, T) for step policies, (B, T, H) for neuron policies (all
+                layers' neurons side by side); differentiable (straight-through) where the policy learns.
+
+        Raises:
+            ValueError: a shape or dtype that does not fit; the message names it.
+        """
+        x = self._checked(x if self.batch_first or x.dim() < 2 else x.transpose(0, 1), lengths)
+        if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
+            valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
+            x = x.masked_fill(~valid.unsqueeze(2), 0)
+        states, gate = self._unpack(state, x.shape[0])
+        draw = self.policy.draw(x, sum(cell.hidden_size for cell in self.cells))
+        run = engines.ENGINES[self.engine_for(x)]
+        output, states, gate, updates = run(self.cells, self.policy, x, states, gate, draw, lengths)
+        return output if self.batch_first else output.transpose(0, 1), self._pack(states, gate), updates
+
+    def stream(self, state: RecurrentState | None = None) -> Stream:
+        """Run one sequence sample by sample, from `state` (batch 1) on; tells which coming samples need not be read."""
+        return Stream(self, state)
+
+    def engine_for(self, x: Tensor) -> str:
+        """The engine that runs an input like x: what "auto" stands for."""
+        return engines.choose(self.engine, self.cells, self.policy, x)
+
+    def _checked(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.input_size or not x.shape[1]:
+            layout = "(batch, steps, input)" if self.batch_first else "(steps, batch, input)"
+            shape = tuple(x.shape if self.batch_first or x.dim() < 2 else x.transpose(0, 1).shape)
+            raise ValueError(f"x must be {layout} with at least one step and {self.input_size} inputs; got {shape}")
+        if x.dtype != self.cells[0].weight_ih.dtype:
+            raise ValueError(f"x is {x.dtype}, the parameters are {self.cells[0].weight_ih.dtype}: convert one of them")
+        if lengths is not None and (lengths.shape != x.shape[:1] or lengths.dtype.is_floating_point):
+            raise ValueError(f"lengths must be {x.shape[0]} integers, one per sequence; got {tuple(lengths.shape)}")
+        return x
+
+    def _unpack(self, state, batch_size: int) -> tuple[list[State], tuple[Tensor, ...]]:
+        """Per-layer states and the policy's gate, from what the caller passed."""
+        gate = self.policy.initial_gate(batch_size) if isinstance(self.policy, StepPolicy) else ()
+        if state is None:
+            return [cell.initial_state(batch_size) for cell in self.cells], gate
+        parts = [state] if isinstance(state, Tensor) else [part for part in state if part is not None]
+        names = self.cells[0].state_names
+        entries, given_gate = parts[: len(names)], tuple(parts[len(names) :])
+        expected = [(batch_size, cell.hidden_size) for cell in self.cells]
+        for name, entry in zip(names, entries, strict=False):
+            if [tuple(layer.shape) for layer in entry] != expected:
+                raise ValueError(
+                    f"state {name} must be {expected} over the layers; got {[tuple(e.shape) for e in entry]}"
+                )
+        if len(entries) < len(names) or (given_gate and len(given_gate) != len(gate)):
+            raise ValueError(
+                f"state must hold {', '.join(names)}{' and the gate' if gate else ''}; got {len(parts)} parts"
+            )
+        gate_shapes = [tuple(part.shape) for part in given_gate]
+        if given_gate and gate_shapes != [(batch_size, 1)] * len(gate):
+            raise ValueError(f"the state's gate must be {(batch_size, 1)} each; got {gate_shapes}")
+        dtype = self.cells[0].weight_ih.dtype
+        for name, entry in zip((*names, *["gate"] * len(given_gate)), (*entries, *given_gate), strict=True):
+            for layer in entry:
+                if layer.dtype != dtype:
+                    raise ValueError(f"state {name} is {layer.dtype}, the parameters are {dtype}: convert one of them")
+        return list(zip(*entries, strict=True)), given_gate or gate
+
+    def _pack(self, states: list[State], gate: tuple[Tensor, ...]) -> RecurrentState:
+        """The public form of per-layer states and gate."""
+        equal = isinstance(self.hidden_size, int)
+        entries = [torch.stack(layers) if equal else layers for layers in zip(*states, strict=True)]
+        h, c = entries if len(entries) == 2 else (entries[0], None)
+        q, s = gate or (None, None)
+        return RecurrentState(h, c, q, s)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
+
+
+class LSTM(Recurrent):
+    """LSTM that updates at every step: the papers' baseline."""
+
+    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
+        super().__init__("lstm", "always", input_size, hidden_size, num_layers, **options)
+
+
+class GRU(Recurrent):
+    """GRU that updates at every step: the papers' baseline, another function than torch.nn.GRU (see GRUCell)."""
+
+    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
+        super().__init__("gru", "always", input_size, hidden_size, num_layers, **options)
+
+
+class RandomSkipLSTM(Recurrent):
+    """LSTM that skips each step with probability p_skip: Skip RNN's baseline."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, *, p_skip: float = 0.5, **options
+    ):
+        super().__init__("lstm", "random_steps", input_size, hidden_size, num_layers, p_skip=p_skip, **options)
+
+
+class RandomSkipGRU(Recurrent):
+    """GRU that skips each step with probability p_skip: Skip RNN's baseline."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, *, p_skip: float = 0.5, **options
+    ):
+        super().__init__("gru", "random_steps", input_size, hidden_size, num_layers, p_skip=p_skip, **options)
+
+
+class SkipLSTM(Recurrent):
+    """Skip LSTM ([SKIP]): learns which steps to skip."""
+
+    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
+        super().__init__("lstm", "skip", input_size, hidden_size, num_layers, **options)
+
+
+class SkipGRU(Recurrent):
+    """Skip GRU ([SKIP]): learns which steps to skip."""
+
+    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
+        super().__init__("gru", "skip", input_size, hidden_size, num_layers, **options)
+
+
+class SALSTM(Recurrent):
+    """SA-RNN ([SA]) with an LSTM cell: learns which neurons to update at each step."""
+
+    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
+        super().__init__("lstm", "selective", input_size, hidden_size, num_layers, **options)
+
+
+class SAGRU(Recurrent):
+    """SA-RNN ([SA]) with a GRU cell, as published: learns which neurons to update at each step."""
+
+    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
+        super().__init__("gru", "selective", input_size, hidden_size, num_layers, **options)

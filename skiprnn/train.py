@@ -1,0 +1,260 @@
+"""Train one run, or sweep over many.
+
+    python -m skiprnn.train model=skip_lstm model.cost_per_sample=1e-4
+    python -m skiprnn.train -m model=skip_lstm,skip_gru seed=0,1,2,3
+    python -m skiprnn.train -m experiment=table1 data=mnist profile=mnist/cpu
+
+The only place that instantiates from a config. See conf/README.md.
+"""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import Logger
+
+from skiprnn import config as configs
+from skiprnn import metrics
+from skiprnn.config import ConfigError, RunConfig
+from skiprnn.data.base import DataError, SequenceData
+from skiprnn.module import DivergedError, SequenceModule
+from skiprnn.runs import AtomicCheckpointIO, RunFolder, RunKeeper, load_weights, provenance, read_checkpoint
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+USER_ERRORS = (ConfigError, DataError, DivergedError)  # one line says it all; everything else keeps its traceback
+
+
+def device_of(run: RunConfig) -> torch.device:
+    """The device that `device` stands for.
+
+    Raises:
+        ConfigError: cuda without a GPU.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
+    return torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def prepare_process(run: RunConfig) -> None:
+    """Threads, and numbers too small to be normal as 0: over hundreds of steps gradients fade into them, and they are
+    slow beyond measure on a CPU."""
+    torch.set_flush_denormal(True)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+
+
+def make_data(run: RunConfig) -> SequenceData:
+    """The data set of a run, not yet loaded.
+
+    Raises:
+        ConfigError: an argument that the data class does not have, or that cannot work.
+    """
+    arguments = {key: value for key, value in run.data.items() if key not in ("_target_", "name")}
+    try:
+        data_class = get_class(run.data["_target_"])
+        return data_class(**arguments, batch_size=run.training.batch_size, seed=run.seed, root=run.data_root)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data={run.data['name']}: {error}") from None
+
+
+def make_module(run: RunConfig, device: torch.device) -> SequenceModule:
+    """The run's data in memory, and the module that trains on it.
+
+    Raises:
+        ConfigError: a batch larger than the data, or an engine that does not serve the model.
+    """
+    data = make_data(run)
+    data.prepare()
+    data.load(device)
+    module = SequenceModule(run, data)
+    try:
+        data.training_batches(0)
+        engine_of(module, device)
+    except ValueError as error:
+        raise ConfigError(f"{run.row} on {run.data['name']}: {error}") from None
+    return module
+
+
+def engine_of(module: SequenceModule, device: torch.device) -> str:
+    """The engine that runs the module's time loop."""
+    rnn = module.network.rnn
+    return rnn.engine_for(torch.empty(1, 1, rnn.input_size, device=device))
+
+
+def make_loggers(run: RunConfig, folder: RunFolder) -> list[Logger]:
+    """The loggers of the run's config, in its folder. A wandb page belongs to the run: a resumed one continues it."""
+    options: dict[str, dict[str, Any]] = {name: {"save_dir": str(folder.path)} for name in run.logger}
+    if "wandb" in options:
+        import wandb  # here, for it is slow to import and seldom wanted
+
+        options["wandb"] |= {"name": run.name, "id": run.hash, "group": run.row, "resume": "allow"}
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            options["wandb"]["mode"] = "offline"  # without a key, never a prompt
+    return [instantiate(logger, **options[name]) for name, logger in run.logger.items()]
+
+
+def make_trainer(run: RunConfig, folder: RunFolder, device: torch.device) -> tuple[lightning.Trainer, RunKeeper]:
+    """Lightning's trainer, set up for the run folder."""
+    bar = sys.stdout.isatty() and sys.stderr.isatty()
+    keeper = RunKeeper(folder, quiet=not bar)
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=run.training.epochs,
+        gradient_clip_val=run.training.gradient_clip,
+        limit_train_batches=run.training.train_batches or 1.0,
+        limit_val_batches=run.training.evaluation_batches or 1.0,
+        limit_test_batches=run.training.evaluation_batches or 1.0,
+        logger=make_loggers(run, folder),
+        callbacks=[keeper, *([RichProgressBar(leave=False)] if bar else [])],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder.path),
+        enable_checkpointing=False,
+        enable_progress_bar=bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    return trainer, keeper
+
+
+def train(run: RunConfig) -> dict[str, Any]:
+    """Train a run to its end, from where it stopped if it was begun before; returns its record.
+
+    Raises:
+        ConfigError, DataError: something is missing or does not fit.
+        DivergedError: the loss became nan or infinite; the run folder says so in failed.json.
+    """
+    folder = RunFolder(run)
+    if folder.complete:
+        return folder.record()
+    device = device_of(run)
+    prepare_process(run)
+    lock = folder.open()
+    try:
+        module = make_module(run, device)
+        trainer, keeper = make_trainer(run, folder, device)
+        resume = folder.last.exists()
+        if resume:
+            load_weights(module, read_checkpoint(folder.last), folder.last)  # for its clear errors
+        trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        folder.finish(make_record(run, folder, module, trainer, keeper))
+    except USER_ERRORS as error:
+        folder.fail(error)
+        raise
+    finally:
+        lock.release()
+    return folder.record()
+
+
+def make_record(run, folder, module, trainer, keeper) -> dict[str, Any]:
+    """Results of the final and of the best-validation epoch, and where they come from."""
+    rnn, data = module.network.rnn, module.data
+
+    def tested(epoch: dict[str, Any]) -> dict[str, Any]:
+        trainer.test(module, verbose=False)
+        test = module.results("test")
+        test["inference_flops"] = metrics.inference_flops(rnn, test["state_updates"], data.steps)
+        return epoch | {"test": test}
+
+    final = tested(keeper.final)
+    best = final
+    if keeper.best["epoch"] != keeper.final["epoch"]:
+        load_weights(module, read_checkpoint(folder.best, module.device), folder.best)
+        best = tested(keeper.best)
+    return {
+        "name": run.name,
+        "hash": run.hash,
+        "config": run.identity,
+        "profile": run.profile,
+        "final": final,
+        "best": best,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "examples": data.examples,
+        "steps": data.steps,
+        "seconds": keeper.seconds,
+        "examples_per_second": keeper.trained["examples"] / keeper.trained["seconds"],
+        "completed": datetime.now(UTC).isoformat(timespec="seconds"),
+    } | provenance(module.device, engine_of(module, module.device))
+
+
+def seconds_per_epoch(run: RunConfig, batches: int = 2) -> float:
+    """An estimate from a short measurement: training and validation steps on real batches, at the initial weights."""
+    prepare_process(run)
+    module = make_module(run, device_of(run)).to(device_of(run))
+    optimizer = module.configure_optimizers()
+    module.sums = {stage: metrics.EpochSums(module.data.task, module.device) for stage in ("train", "validation")}
+
+    def timed(loader, limit: int | None, step) -> float:
+        """Seconds for an epoch's pass over the loader."""
+        loaded: Iterator = islice(iter(loader), batches + 1)
+        step(next(loaded))  # warm-up
+        start, done = time.perf_counter(), 0
+        for batch in loaded:
+            step(batch)
+            done += 1
+        return (time.perf_counter() - start) / max(done, 1) * min(len(loader), limit or len(loader))
+
+    def training_step(batch) -> None:
+        optimizer.zero_grad()
+        module.network.rnn.policy.set_epoch(0)
+        inputs, targets, lengths = batch
+        prediction, updates = module.network(inputs, lengths)
+        (metrics.task_loss(module.data.task, prediction, targets).mean() + 0 * updates.sum()).backward()
+        optimizer.step()
+        module.sums["train"].sums.sum().item()  # waits for the device
+
+    def validation_step(batch) -> None:
+        with torch.no_grad():
+            module.network(batch[0], batch[2])
+
+    limits = run.training
+    return timed(module.data.training_batches(0), limits.train_batches, training_step) + timed(
+        module.data.evaluation_batches("validation"), limits.evaluation_batches, validation_step
+    )
+
+
+def quieten() -> None:
+    """Lightning's remarks on its own set-up say nothing to our users."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def main(config: DictConfig) -> dict[str, Any] | None:
+    quieten()
+    try:
+        run = configs.read(config)
+        if run.experiment and HydraConfig.get().mode == RunMode.RUN:
+            raise ConfigError(f"experiment={run.experiment} is many runs: add -m")
+        record = train(run)
+    except USER_ERRORS as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the sweep goes on, and reports it at the end
+        sys.exit(f"error: {error}")
+    key = metrics.SCORES["regression" if "mse" in record["best"]["test"] else "classification"]
+    best = record["best"]
+    print(f"{run.name}: test {key} {best['test'][key]:.4f}, state updates {best['test']['state_updates']:.1f}", end=" ")
+    print(f"(epoch {best['epoch'] + 1}, best on validation)  {RunFolder(run).path}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

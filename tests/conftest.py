@@ -1,0 +1,64 @@
+"""Shared by all tests: small runs on the bundled digits, composed as a user would compose them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+
+from skiprnn import config
+from skiprnn.config import RunConfig
+from skiprnn.data.ucf101 import appending
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+SMALL = [
+    "training.epochs=4",
+    "training.batch_size=256",
+    "model.hidden_size=6",
+    "threads=1",
+    "device=cpu",
+]
+
+torch.set_num_threads(1)  # bit-for-bit comparisons with subprocesses, which get threads=1
+
+
+def compose(overrides: list[str]):
+    """The Hydra config of a list of overrides."""
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        return hydra.compose("config", overrides)
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A function: overrides -> a run of seconds in a folder of its own."""
+
+    def make(*overrides: str) -> RunConfig:
+        return config.read(compose([*SMALL, f"output={tmp_path}", *overrides]))
+
+    return make
+
+
+def command(*arguments: str, script: str | None = None, **options) -> subprocess.CompletedProcess:
+    """Run `python -m skiprnn.train` (or a script that stands in for it) as a user's process."""
+    program = ["-c", script] if script else ["-m", "skiprnn.train"]
+    return subprocess.run(
+        [sys.executable, *program, *arguments], capture_output=True, text=True, check=False, timeout=600, **options
+    )
+
+
+def make_small_ucf101(root: Path) -> None:
+    """A feature store below a data folder, two classes of random features, with the lists that name its clips."""
+    folder = root / "ucf101"
+    clips = [f"{action}/v_{action}_g{group:02}_c01" for action in ("Lunges", "PullUps") for group in range(1, 26)]
+    origin = {"backbone": "random", "weights": "none", "fps": 25, "seconds": 10, "width": 4, "dtype": "float16"}
+    rng = np.random.default_rng(0)
+    with appending(folder / "store", origin) as writer:
+        for frames, clip in enumerate(clips, start=20):
+            if Path(clip).name not in writer.names:
+                writer.append(Path(clip).name, Path(clip).parent.name, rng.standard_normal((frames, 4)))
+    for part, groups in {"test": range(1, 8), "train": range(8, 26)}.items():
+        lines = [f"{clip}.avi\n" for clip in clips if int(clip[-6:-4]) in groups]
+        (folder / f"{part}list01.txt").write_text("".join(lines))

@@ -1,0 +1,158 @@
+"""Every config composes and trains one step; a setting that cannot work gives one clear line."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONF, command, compose, make_small_ucf101
+
+from skiprnn import config, evaluate, experiments, train
+from skiprnn.config import ConfigError
+from skiprnn.data.base import DataError
+
+
+def names(group: str) -> list[str]:
+    return sorted(
+        str(path.relative_to(Path(CONF) / group).with_suffix("")) for path in (Path(CONF) / group).rglob("*.yaml")
+    )
+
+
+def one_training_step(run: config.RunConfig) -> None:
+    """A step on the first real batch changes the weights and leaves them finite."""
+    module = train.make_module(run, torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer = module.configure_optimizers()
+    inputs, targets, lengths = next(iter(module.data.training_batches(0)))
+    prediction, updates = module.network(inputs[:4], None if lengths is None else lengths[:4])
+    loss = train.metrics.task_loss(module.data.task, prediction, targets[:4]).mean()
+    (loss + run.model.cost_per_sample * train.metrics.state_updates(updates).mean()).backward()
+    optimizer.step()
+    after = list(module.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(torch.isfinite(parameter).all() for parameter in after)
+
+
+@pytest.fixture(scope="session")
+def data_or_skip(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")  # for all tests: reviews are tokenised once
+
+    def check(overrides: list[str]) -> list[str]:
+        run = config.read(compose(overrides))
+        if run.data["name"] == "ucf101":
+            make_small_ucf101(root)
+        elif (
+            run.data["name"] not in ("digits", "adding", "adding_sarnn", "frequency")
+            and "SKIPRNN_MIRROR" not in os.environ
+        ):
+            pytest.skip(f"SKIPRNN_MIRROR names no folder with {run.data['name']}")
+        return [*overrides, f"data_root={root}"]
+
+    return check
+
+
+@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("data", ["digits", "adding"])
+def test_every_model_trains_one_step(model, data):
+    one_training_step(
+        config.read(compose([f"model={model}", f"data={data}", "model.hidden_size=5", "model.num_layers=2"]))
+    )
+
+
+@pytest.mark.parametrize("data", names("data"))
+def test_every_data_set_trains_one_step(data, data_or_skip):
+    one_training_step(
+        config.read(compose(data_or_skip([f"data={data}", "model.hidden_size=5", "training.batch_size=16"])))
+    )
+
+
+@pytest.mark.parametrize("profile", names("profile"))
+def test_every_profile_composes(profile):
+    assert compose([f"profile={profile}"])["seeds"]
+    config.read(compose([f"profile={profile}"]))
+
+
+@pytest.mark.parametrize(
+    ("logger", "traces"), [("csv", "metrics.csv"), ("tensorboard", "*tfevents*"), ("wandb", "*.wandb")]
+)
+def test_every_logger_logs(logger, traces, small_run, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = small_run(f"logger=[csv,{logger}]", "training.epochs=1")
+    train.train(run)
+    assert list(train.RunFolder(run).path.rglob(traces))
+
+
+ROWS = [(name, row) for name in names("../experiments") for row in experiments.load(name).rows]
+
+
+@pytest.mark.parametrize(("experiment", "row"), ROWS, ids=lambda value: getattr(value, "label", value))
+def test_every_row_of_every_experiment_trains_one_step(experiment, row, data_or_skip):
+    overrides = data_or_skip([*row.overrides, "training.batch_size=16", "model.hidden_size=5"])
+    one_training_step(config.read(compose(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=random_skip_lstm", "model.p_skip=1.5"], r"model.p_skip=1.5: a probability lies in \[0, 1\]"),
+        (["+model.p_skip=0.5"], "policy skip draws nothing"),
+        (["model.cost_per_sample=-1e-4"], "model.cost_per_sample=-0.0001: λ must not be negative"),
+        (["model.cell=rnn"], "model.cell=rnn: there are lstm, gru"),
+        (["model.hidden_size=0"], "model.hidden_size=0: must be at least 1"),
+        (["training.epochs=many"], "training.epochs: Value 'many'"),
+        (["training.learning_rate=0"], "training.learning_rate=0.0: must be positive"),
+        (["+training.momentum=0.9"], "training.momentum: Key 'momentum' not in 'TrainingConfig'"),
+        (["+colour=red"], "colour: Key 'colour' not in 'RunConfig'"),
+        (["engine=steam"], "engine=steam: there are auto, reference, native"),
+        (["device=tpu"], "device=tpu: there are auto, cpu, cuda"),
+        (["training.cost_free_epochs=40"], "training.cost_free_epochs=40: must be"),
+    ],
+)
+def test_bad_settings_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.read(compose(overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_data_argument_is_named():
+    with pytest.raises(ConfigError, match=r"data=digits: .*colour"):
+        train.make_data(config.read(compose(["+data.colour=red"])))
+
+
+def test_what_shows_only_with_the_data_is_named(small_run):
+    with pytest.raises(ConfigError, match=r"skip_lstm.*on digits: the native engine can't run this: .*normalisation"):
+        train.make_module(small_run("engine=native", "model.layer_norm=true"), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="on digits: batch_size 5000 with drop_last leaves none"):
+        train.make_module(small_run("training.batch_size=5000", "data.drop_last=true"), torch.device("cpu"))
+
+
+def test_command_line_shows_one_line_and_no_traceback(tmp_path):
+    done = command("model.cost_per_sample=-1", f"output={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: model.cost_per_sample=-1.0: λ must not be negative"
+
+
+def test_missing_data_names_both_ways_out(tmp_path, monkeypatch, small_run):
+    monkeypatch.setenv("SKIPRNN_MIRROR", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])
+    with pytest.raises(DataError, match="connect to the internet, or set SKIPRNN_MIRROR"):
+        train.train(small_run("data=mnist", f"data_root={tmp_path}"))
+
+
+def test_evaluate_gives_the_recorded_numbers(small_run):
+    run = small_run("model=random_skip_gru", "training.epochs=2")
+    record = train.train(run)
+    path = train.RunFolder(run).path
+    assert evaluate.evaluate(path / "best.ckpt", device="cpu") == pytest.approx(record["best"]["test"], rel=1e-6)
+
+
+def test_evaluate_wants_a_checkpoint(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such file"):
+        evaluate.evaluate(tmp_path / "none.ckpt")
+    (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match="corrupt or no checkpoint"):
+        evaluate.evaluate(tmp_path / "other.ckpt")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ConfigError, match=r"was not written by skiprnn\.train"):
+        evaluate.evaluate(tmp_path / "foreign.ckpt")

@@ -1,0 +1,327 @@
+"""The native engine against the reference engine, which defines the meaning; streaming against whole sequences."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skiprnn import Recurrent, RecurrentState, SkipGRU, SkipLSTM, engines
+from skiprnn.engines.native import build, operator
+from skiprnn.policies import POLICIES
+
+requires_native = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+
+
+def network(cell, policy, inputs, hidden, layers, engine, seed=0, bias=0.0, slope_epoch=0, **options):
+    """A network with random parameters, the same for the same seed; `bias` moves Skip's update rate."""
+    if policy.startswith("random"):
+        options["p_skip"] = 0.4
+    rnn = Recurrent(cell, policy, inputs, hidden, layers, engine=engine, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        if policy == "skip":
+            rnn.policy.bias.fill_(bias)
+    rnn.policy.set_epoch(slope_epoch)
+    return rnn
+
+
+def results(rnn, x, seed, state=None, lengths=None) -> dict[str, torch.Tensor]:
+    """Everything a run gives, and the gradient of a random combination of all of it in everything that has one."""
+    x = x.detach().requires_grad_()
+    given = [part.detach().requires_grad_() for part in state or [] if part is not None]
+    if state is not None:
+        kinds = iter(given)
+        state = RecurrentState(*(None if part is None else next(kinds) for part in state))
+    torch.manual_seed(seed)  # the random policies' draws
+    output, after, updates = rnn(x, state, lengths)
+    named = {"output": output, "updates": updates, **{k: v for k, v in after._asdict().items() if v is not None}}
+    generator = torch.Generator().manual_seed(seed)
+    loss = 0
+    for value in named.values():
+        if isinstance(value, tuple):
+            value = torch.cat(value, -1)
+        weight = torch.randn(value.shape, generator=generator, dtype=x.dtype)
+        if value.requires_grad:
+            loss = loss + (value * weight).sum()
+    loss.backward()
+    named = {k: torch.cat(v, -1) if isinstance(v, tuple) else v.detach() for k, v in named.items()}
+    named["gradient of x"] = x.grad
+    named |= {f"gradient of state {i}": part.grad for i, part in enumerate(given)}
+    return named | {f"gradient of {name}": parameter.grad for name, parameter in rnn.named_parameters()}
+
+
+def assert_equal(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    assert torch.equal(actual["updates"], expected["updates"]), "updates differ"
+    for name, value in expected.items():
+        if value is None or actual[name] is None:  # no gradient at all equals a gradient of zeros
+            assert all(v is None or not v.any() for v in (value, actual[name])), name
+            continue
+        error = (actual[name] - value).norm() / value.norm().clamp_min(1e-6)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+def random_state(cell, policy, batch, hidden, dtype=torch.float64):
+    def entries():
+        return torch.stack([torch.randn(batch, hidden, dtype=dtype)])
+
+    gate = (torch.rand(batch, 1, dtype=dtype), torch.rand(batch, 1, dtype=dtype) / 2) if policy == "skip" else ()
+    return RecurrentState(entries(), entries() if cell == "lstm" else None, *gate)
+
+
+@requires_native
+@settings(max_examples=120, deadline=None)
+@given(
+    cell=st.sampled_from(["lstm", "gru"]),
+    policy=st.sampled_from(POLICIES),
+    sizes=st.tuples(st.integers(1, 7), st.integers(1, 14), st.integers(1, 5), st.integers(1, 19), st.integers(1, 3)),
+    bias=st.sampled_from([-4.0, -2.5, -1.5, -0.5, 0.0, 2.0]),
+    blank=st.booleans(),
+    ragged=st.booleans(),
+    given_state=st.booleans(),
+    epoch=st.sampled_from([0, 60]),
+    wide=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_native_equals_reference(cell, policy, sizes, bias, blank, ragged, given_state, epoch, wide, seed):
+    batch, steps, inputs, hidden, layers = sizes
+    torch.manual_seed(seed)
+    x = torch.randn(batch, steps, inputs, dtype=torch.float64)
+    if blank:  # long runs of the same input, as MNIST's
+        x = x * (x > 0.8)
+    lengths = torch.randint(0, steps + 1, (batch,)) if ragged else None
+    state = random_state(cell, policy, batch, hidden) if given_state and layers == 1 else None
+    runs = []
+    for engine in ("reference", "native"):
+        rnn = network(cell, policy, inputs, hidden, layers, engine, seed, bias, epoch, dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operator, "WIDE", 0 if wide else operator.WIDE)  # x projected in one product, or step by step
+            runs.append(results(rnn, x, seed, state, lengths))
+    assert_equal(runs[1], runs[0], 1e-10)
+
+
+@requires_native
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layers_of_unequal_size(cell):
+    x = torch.randn(3, 12, 2, dtype=torch.float64)
+    runs = [
+        results(network(cell, "skip", 2, [5, 18], 2, engine, bias=-1.0, dtype=torch.float64), x, 1)
+        for engine in ("reference", "native")
+    ]
+    assert_equal(runs[1], runs[0], 1e-10)
+
+
+@requires_native
+@pytest.mark.parametrize(
+    "variant",
+    [v for i, v in enumerate(build.VARIANTS) if i >= list(build.VARIANTS).index(build.best_variant())]
+    if build.available()
+    else [],
+)
+@pytest.mark.parametrize("policy", ["skip", "selective"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_every_variant_in_float32_and_float64(cell, policy, variant, monkeypatch):
+    library = build.load(variant)
+    monkeypatch.setattr(build, "load", lambda: library)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        x = torch.randn(9, 30, 3, dtype=dtype)
+        expected = results(network(cell, policy, 3, 20, 1, "reference", bias=-1.0, dtype=dtype), x, 5)
+        actual = results(network(cell, policy, 3, 20, 1, "native", bias=-1.0, dtype=dtype), x, 5)
+        if torch.equal(actual["updates"], expected["updates"]):  # rounding may tip a decision in float32
+            assert_equal(actual, expected, tolerance)
+        else:
+            assert dtype == torch.float32
+
+
+@requires_native
+@pytest.mark.parametrize("q", [0.5, 0.25, 0.125])
+def test_exact_ties_of_the_gate(q):
+    """A constant q that reaches 0.5 exactly: half to even is no update, and min(q, 1 - s) halves its gradient."""
+    runs = []
+    for engine in ("reference", "native"):
+        rnn = network("lstm", "skip", 1, 4, 1, engine, dtype=torch.float64)
+        with torch.no_grad():
+            rnn.policy.weight.zero_()
+            rnn.policy.bias.fill_(torch.logit(torch.tensor(q, dtype=torch.float64)))
+        runs.append(results(rnn, torch.ones(2, 25, 1, dtype=torch.float64), 2))
+    assert 0 < runs[0]["updates"].mean() < 1
+    assert_equal(runs[1], runs[0], 1e-10)
+
+
+@requires_native
+def test_two_forwards_before_a_backward():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 40, 300, 2, dtype=torch.float64)  # large enough to reuse memory
+    rnn = network("lstm", "skip", 2, 16, 1, "native", bias=-1.0, dtype=torch.float64)
+    separate = []
+    for x in (first, second):
+        rnn.zero_grad()
+        rnn(x)[0].square().sum().backward()
+        separate.append([p.grad.clone() for p in rnn.parameters()])
+    rnn.zero_grad()
+    losses = [rnn(x)[0].square().sum() for x in (first, second)]
+    for loss in losses:
+        loss.backward()
+    for parameter, one, two in zip(rnn.parameters(), *separate, strict=True):
+        torch.testing.assert_close(parameter.grad, one + two)
+
+
+@requires_native
+def test_threads_change_nothing_but_rounding():
+    x = torch.randn(150, 20, 2, dtype=torch.float64)  # more rows than one worker takes
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(results(network("gru", "skip", 2, 9, 1, "native", bias=-1.0, dtype=torch.float64), x, 3))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert_equal(run, runs[0], 1e-12)
+
+
+@requires_native
+def test_inference_equals_training():
+    for policy in POLICIES:
+        rnn = network("lstm", policy, 2, 9, 1, "native", bias=-1.0)
+        x = torch.randn(5, 30, 2)
+        torch.manual_seed(1)
+        trained = rnn(x)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            inferred = rnn(x)
+        assert trained[0].requires_grad
+        assert not inferred[0].requires_grad
+        assert torch.equal(trained[0], inferred[0])
+        assert torch.equal(trained[2], inferred[2])
+
+
+@requires_native
+def test_func_grad_sees_an_ordinary_operator():
+    rnn = network("gru", "skip", 2, 5, 1, "native", bias=-1.0, dtype=torch.float64)
+    x = torch.randn(3, 20, 2, dtype=torch.float64)
+
+    def loss(parameters, x):
+        output, _, updates = torch.func.functional_call(rnn, parameters, (x,))
+        return output.square().sum() + updates.sum()
+
+    gradients = torch.func.grad(loss)(dict(rnn.named_parameters()), x)
+    loss(dict(rnn.named_parameters()), x).backward()
+    for name, parameter in rnn.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@requires_native
+@pytest.mark.parametrize("policy", ["skip", "random_neurons", "selective"])
+def test_opcheck(policy):
+    def tensor(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    gate = [torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(2)] if policy == "skip" else []
+    policy_weights = {
+        "skip": [tensor(4), tensor()],
+        "selective": [tensor(4, 2), tensor(4), tensor(4), torch.ones((), dtype=torch.float64)],
+    }.get(policy, [])
+    draw = torch.ones(3, 6, 4, dtype=torch.float64) if policy == "random_neurons" else None
+    arguments = (
+        "lstm",
+        policy,
+        tensor(3, 6, 2),
+        [tensor(3, 4), tensor(3, 4)],
+        [tensor(16, 2), tensor(16, 4), tensor(16)],
+        gate,
+        policy_weights,
+        draw,
+        torch.tensor([6, 2, 4]),
+        True,
+    )
+    # the saved buffers are written only as far as there were updates, so their contents can't be compared
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator.recurrence, arguments, test_utils=tests)
+
+
+@requires_native
+def test_auto_takes_what_serves():
+    x = torch.randn(2, 5, 3)
+    assert SkipLSTM(3, 4).engine_for(x) == "native"
+    assert SkipLSTM(3, 4, engine="reference").engine_for(x) == "reference"
+    assert SkipLSTM(3, 4, layer_norm=True).engine_for(x) == "reference"
+    SkipLSTM(3, 4, layer_norm=True)(x)
+    with pytest.raises(ValueError, match="layer normalisation"):
+        SkipLSTM(3, 4, layer_norm=True, engine="native")(x)
+    with pytest.raises(ValueError, match="unknown engine"):
+        SkipLSTM(3, 4, engine="nativ")
+    assert set(engines.ENGINES) == {"reference", "native"}
+
+
+NO_COMPILER = """
+import warnings, torch
+from skiprnn import SkipLSTM
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        rnn = SkipLSTM(2, 4)
+        rnn(torch.randn(2, 5, 2))[0].sum().backward()
+assert rnn.engine_for(torch.randn(2, 5, 2)) == "reference"
+ours = [str(w.message) for w in caught if "native engine" in str(w.message)]
+assert len(ours) == 1, ours
+assert "slower" in ours[0]
+"""
+
+
+def test_without_a_compiler_one_warning_and_the_reference(tmp_path):
+    environment = os.environ | {"CXX": "no-such-compiler", "SKIPRNN_CACHE": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run([sys.executable, "-c", NO_COMPILER], env=environment, check=True)
+
+
+@pytest.mark.parametrize("engine", ["reference", pytest.param("native", marks=requires_native)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("q", [None, 0.5, 0.25, 0.1])
+@pytest.mark.parametrize("kind", [SkipLSTM, SkipGRU])
+def test_stream_equals_batch_and_reads_only_what_it_needs(kind, q, dtype, engine):
+    torch.manual_seed(4)
+    rnn = kind(2, 6, engine=engine, dtype=dtype)
+    with torch.no_grad():
+        rnn.policy.bias.fill_(-1.0)
+        if q is not None:  # exact ties: 0.5 and 0.25 reach a half exactly
+            rnn.policy.weight.zero_()
+            rnn.policy.bias.fill_(torch.logit(torch.tensor(q, dtype=dtype)))
+    x = torch.randn(1, 60, 2, dtype=dtype)
+    output, state, updates = rnn(x)
+    stream = rnn.stream()
+    t, read = 0, []
+    while t < x.shape[1]:
+        read.append(t)
+        pushed = stream.push(x[0, t])
+        passing = min(pushed.unneeded, x.shape[1] - t - 1)
+        torch.testing.assert_close(pushed.output, output[0, t + passing].detach())
+        stream.skip(passing)
+        t += 1 + passing
+    assert read == updates[0].nonzero().flatten().tolist()
+    for ours, theirs in zip(stream.state, state, strict=True):
+        assert ours is theirs is None or torch.allclose(ours, theirs)
+    with pytest.raises(ValueError, match="can skip"):
+        stream.skip(stream.unneeded + 1)
+
+
+def test_stream_ignores_unneeded_samples_and_other_policies():
+    rnn = SkipLSTM(1, 4)
+    with torch.no_grad():
+        rnn.policy.weight.zero_()
+        rnn.policy.bias.fill_(-2.0)
+    stream = rnn.stream()
+    first = stream.push(torch.ones(1))
+    assert first.unneeded > 0
+    second = stream.push(torch.full((1,), 9.0))
+    assert second.unneeded == first.unneeded - 1
+    assert torch.equal(second.output, first.output)
+    with pytest.raises(ValueError, match="policy"):
+        Recurrent("lstm", "selective", 1, 4).stream()

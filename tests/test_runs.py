@@ -1,0 +1,179 @@
+"""A killed run ends as one that was never interrupted, bit for bit; a failed one says why."""
+
+import json
+import signal
+
+import pandas as pd
+import pytest
+import torch
+from conftest import SMALL, command
+
+from skiprnn import runs, train
+from skiprnn.config import ConfigError
+from skiprnn.module import DivergedError
+
+# Runs training in a process that is killed in the middle of writing a file for the n-th time, or in the n-th step.
+KILLED_RUN = """
+import os, signal, sys
+from skiprnn import module, runs, train
+
+what, count = sys.argv.pop(1), int(sys.argv.pop(1))
+calls = 0
+
+def killed_here():
+    global calls
+    calls += 1
+    return calls == count
+
+real = runs.tempfile.NamedTemporaryFile
+def half_written(*arguments, prefix, **options):
+    file = real(*arguments, prefix=prefix, **options)
+    if prefix == f".{what}." and killed_here():
+        write = file.write
+        def write_half(content):
+            write(content[: len(content) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        file.write = write_half
+    return file
+runs.tempfile.NamedTemporaryFile = half_written
+
+step = module.SequenceModule.training_step
+def killed_step(self, *arguments):
+    if what == "step" and killed_here():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+module.SequenceModule.training_step = killed_step
+
+train.main()
+"""
+TIMES = ("seconds", "examples_per_second", "completed")
+MODEL = ["model=skip_lstm", "model.cost_per_sample=1e-3"]
+
+
+def without_times(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+def assert_same_outcome(folder: runs.RunFolder, other: runs.RunFolder) -> None:
+    """Records but for times, metrics but for times, and every number in both checkpoints are equal."""
+    assert without_times(folder.record()) == without_times(other.record())
+    tables = [
+        pd.read_csv(f.path / "metrics.csv").drop(columns=["seconds", "examples_per_second"]) for f in (folder, other)
+    ]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    for name in ("last.ckpt", "best.ckpt"):
+        one, two = (torch.load(f.path / name, weights_only=True) for f in (folder, other))
+        assert one["epoch"] == two["epoch"]
+        for key, value in one["state_dict"].items():
+            assert torch.equal(value, two["state_dict"][key]), key
+    one, two = (torch.load(f.last, weights_only=True)["optimizer_states"][0]["state"] for f in (folder, other))
+    for index, state in one.items():
+        for key, value in state.items():
+            assert torch.equal(value, two[index][key]), (index, key)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of a run that nobody interrupted."""
+    output = tmp_path_factory.mktemp("unbroken")
+    done = command(*SMALL, *MODEL, f"output={output}")
+    assert done.returncode == 0, done.stderr
+    (record,) = output.rglob("record.json")
+    return output, record.parent
+
+
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [("last.ckpt", 1), ("last.ckpt", 3), ("best.ckpt", 2), ("metrics.csv", 2), ("record.json", 1), ("step", 12)],
+)
+def test_killed_run_continues_to_the_same_end(what, count, unbroken, small_run):
+    run = small_run(*MODEL)
+    folder = runs.RunFolder(run)
+    killed = command(what, str(count), *SMALL, *MODEL, f"output={run.output}", script=KILLED_RUN)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not folder.complete
+    train.train(run)
+    reference = runs.RunFolder(small_run(*MODEL, f"output={unbroken[0]}"))
+    assert reference.path == unbroken[1]
+    assert_same_outcome(folder, reference)
+    assert not list(folder.path.glob(".*.*.*")), "leftovers of the kill"
+
+
+def test_same_command_gives_the_same_record(unbroken, small_run):
+    run = small_run(*MODEL)
+    record = train.train(run)
+    assert without_times(record) == without_times(json.loads((unbroken[1] / "record.json").read_text()))
+
+
+def test_complete_run_is_not_repeated(small_run):
+    run = small_run("training.epochs=1")
+    record = train.train(run)
+    assert train.train(run) == record
+
+
+def test_diverged_run_is_marked_and_leaves_no_record(small_run):
+    run = small_run("training.learning_rate=1e30")
+    with pytest.raises(DivergedError, match=r"loss became (nan|inf) in epoch 0: lower training.learning_rate"):
+        train.train(run)
+    folder = runs.RunFolder(run)
+    assert not folder.complete
+    assert "DivergedError" in json.loads(folder.failure_file.read_text())["error"]
+
+
+def test_one_process_per_run(small_run):
+    run = small_run()
+    lock = runs.RunFolder(run).open()
+    try:
+        with pytest.raises(ConfigError, match="another process is training this run"):
+            train.train(run)
+    finally:
+        lock.release()
+
+
+def test_unwritable_output(small_run, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"output=.*cannot write"):
+        train.train(small_run(f"output={blocked}"))
+
+
+def test_truncated_checkpoint_is_one_clear_error(small_run):
+    run = small_run("training.epochs=2")
+    train.train(run)
+    folder = runs.RunFolder(run)
+    folder.record_file.unlink()
+    folder.last.write_bytes(folder.last.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="corrupt or no checkpoint"):
+        train.train(run)
+
+
+def test_checkpoint_of_another_architecture(small_run):
+    run, other = small_run("training.epochs=1"), small_run("training.epochs=1", "model.hidden_size=7")
+    train.train(run)
+    folder = runs.RunFolder(other)
+    folder.open().release()
+    folder.last.write_bytes(runs.RunFolder(run).last.read_bytes())
+    with pytest.raises(ConfigError, match="another architecture: size mismatch"):
+        train.train(other)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    runs.write_atomically(file, b"old")
+
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        runs.write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_epoch_trained_again_replaces_its_row(tmp_path):
+    logger = runs.MetricsFile(str(tmp_path))
+    for epoch, loss in [(0, 1.0), (1, 2.0), (1, 3.0)]:
+        logger.log_metrics({"epoch": epoch, "loss": loss})
+    assert pd.read_csv(logger.file).to_dict("list") == {"epoch": [0, 1], "loss": [1.0, 3.0]}
