@@ -107,6 +107,7 @@ def test_every_row_of_every_experiment_trains_one_step(experiment, row, data_or_
         (["engine=steam"], "engine=steam: there are auto, reference, native"),
         (["device=tpu"], "device=tpu: there are auto, cpu, cuda"),
         (["training.cost_free_epochs=40"], "training.cost_free_epochs=40: must be"),
+        (["training.decay_epochs=41"], "training.decay_epochs=41: must be"),
     ],
 )
 def test_bad_settings_are_named(overrides, message):
