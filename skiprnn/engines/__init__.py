@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from skiprnn.cells import Cell
-from skiprnn.engines import native, reference
+from skiprnn.engines import compact, native, reference
 from skiprnn.policies import Policy
 
-ENGINES: dict[str, Callable] = {"reference": reference.run, "native": native.run}
+ENGINES: dict[str, Callable] = {"reference": reference.run, "compact": compact.run, "native": native.run}
 
 
 def check(name: str) -> None:
@@ -24,11 +24,11 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
         ValueError: unknown name, or an engine that does not serve.
     """
     check(name)
-    if name == "reference":
-        return name
-    reason = native.unsupported(cells, policy, x)
-    if reason is None:
-        return "native"
-    if name == "native":
-        raise ValueError(f"the native engine can't run this: {reason}")
+    for engine, unsupported in (("native", native.unsupported), ("compact", compact.unsupported)):
+        if name in ("auto", engine):
+            reason = unsupported(cells, policy, x)
+            if reason is None:
+                return engine
+            if name == engine:
+                raise ValueError(f"the {name} engine can't run this: {reason}")
     return "reference"
