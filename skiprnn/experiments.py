@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from skiprnn import config as configs
@@ -12,6 +13,8 @@ from skiprnn.config import ConfigError, RunConfig
 from skiprnn.runs import RunFolder
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
+CONF = FOLDER.with_name("conf")
+COLUMNS = ("accuracy", "state_updates", "inference_flops")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Experiment:
     title: str
     source: str
     rows: tuple[Row, ...]
+    columns: tuple[str, ...] = COLUMNS  # of skiprnn.tables.METRICS
+    published_runs: int | None = None  # that a published mean and standard deviation are of
+
+    @property
+    def data(self) -> str:
+        """Its data set, after which its profiles' folder is named."""
+        return next(one.removeprefix("data=") for one in self.rows[0].overrides if one.startswith("data="))
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ def load(name: str) -> Experiment:
     """Read experiments/NAME.yaml. `rows_of` takes the rows of another file, without its published numbers.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file, or published deviations of an unknown number of runs.
     """
     file = FOLDER / f"{name}.yaml"
     if not file.exists():
@@ -64,7 +74,31 @@ def load(name: str) -> Experiment:
     else:
         entries = content["rows"]
     rows = tuple(Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in entries)
-    return Experiment(name, content["title"], content["source"], rows)
+    runs = content.get("published_runs")
+    if runs is None and any(isinstance(value, list) for row in rows for value in row.published.values()):
+        raise ConfigError(f"{file}: of how many runs are the published deviations? published_runs is missing")
+    return Experiment(name, content["title"], content["source"], rows, tuple(content.get("columns", COLUMNS)), runs)
+
+
+def published() -> list[Experiment]:
+    """The experiments that have published numbers: the tables of the papers."""
+    found = [load(file.stem) for file in sorted(FOLDER.glob("*.yaml"))]
+    return [experiment for experiment in found if any(row.published for row in experiment.rows)]
+
+
+def requested(overrides: Sequence[str]) -> tuple[Experiment, list[PlannedRun]]:
+    """The experiment that overrides name, and the runs that a sweep with them would make.
+
+    Raises:
+        ConfigError: they name no experiment, or as load and plan.
+        HydraException: they do not compose.
+    """
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        name = hydra.compose("config", list(overrides))["experiment"]
+        if not name:
+            raise ConfigError("experiment=NAME is missing: which table?")
+        experiment = load(name)
+        return experiment, plan(experiment, [overrides], lambda given: hydra.compose("config", given))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -97,12 +131,13 @@ def plan(
             overrides = _last_wins([*row.overrides, *combination])
             varying = [one for one in combination if not one.startswith("seed=") and any(one not in c for c in grid)]
             label = ", ".join([row.label, *varying] if row.label else varying)
-            seeds = [""]
+            composed = compose(overrides)
+            run, labelled = configs.read(composed), replace(row, label=label)
             if experiment and not any(override.startswith("seed=") for override in overrides):
-                seeds = [f"seed={seed}" for seed in compose(overrides)["seeds"]]
-            for seed in seeds:
-                final = [*overrides, seed] if seed else overrides
-                runs.append(PlannedRun(replace(row, label=label), configs.read(compose(final)), tuple(final)))
+                for seed in composed["seeds"]:
+                    runs.append(PlannedRun(labelled, replace(run, seed=seed), (*overrides, f"seed={seed}")))
+            else:
+                runs.append(PlannedRun(labelled, run, tuple(overrides)))
     if not runs:
         raise ConfigError("the sweep holds no runs: check its overrides")
     labels = list(dict.fromkeys(planned.row.label for planned in runs))

@@ -1,16 +1,23 @@
-"""A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table."""
+"""A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table.
 
+python -m skiprnn.sweep cpu [overrides]: every table that is published, under the profile of this name of its data set.
+"""
+
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
 from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from skiprnn import experiments, tables, train
+from skiprnn.config import ConfigError
+from skiprnn.data.base import DataError
 from skiprnn.experiments import PlannedRun
 from skiprnn.runs import duration
 
@@ -86,3 +93,39 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers
         soft_wrap=True,
     )
     return measured
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run every published table whose data can be had, each in a process of its own; then say what was left out.
+
+    Data are fetched first, so that what is missing shows before anything long starts. Exits with status 1 if a table
+    failed; one that was left out for want of data has not.
+    """
+    if not arguments or "=" in arguments[0]:
+        sys.exit("error: which profile? python -m skiprnn.sweep paper|cpu|smoke [overrides]")
+    profile, *overrides = arguments
+    ready, problems, status = {}, [], 0
+    for experiment in experiments.published():
+        name, data = experiment.name, experiment.data
+        command = [f"experiment={name}", f"data={data}", f"profile={data}/{profile}", *overrides]
+        try:
+            _, planned = experiments.requested(command)
+            for run in {str(one.run.data): one.run for one in planned}.values():
+                train.make_data(run).prepare()
+            ready[name] = command
+        except DataError as error:
+            problems.append(f"{name} was left out: {error}")
+            print(problems[-1], flush=True)
+        except (ConfigError, HydraException) as error:
+            sys.exit(f"error: {name}: {str(error).splitlines()[0]}")
+    for name, command in ready.items():
+        print(f"\n{name}:", " ".join(command), flush=True)
+        if subprocess.run([sys.executable, "-m", "skiprnn.train", "-m", *command], check=False).returncode:
+            problems.append(f"{name} failed, see above")
+            status = 1
+    print("\n".join(["", f"{len(ready)} of the papers' {len(experiments.published())} tables were run", *problems]))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

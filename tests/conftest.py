@@ -11,7 +11,7 @@ import torch
 
 from skiprnn import config
 from skiprnn.config import RunConfig
-from skiprnn.data.ucf101 import appending
+from skiprnn.data.ucf101.store import appending
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 SMALL = [

@@ -111,6 +111,9 @@ class SequenceData(ABC):
     outputs: int  # classes, or 1
     task: str  # "classification" | "regression"
     examples: dict[str, int]  # per split; for generated data, what an epoch draws
+    solved_at: float | None = None  # accuracy above which, squared error below which the task counts as solved
+    input_flops: float | None = 0.0  # multiplications that make the input of a step that is used; None if unknown
+    note: str = ""  # what a table's caption has to say about the data
 
     def __init__(self, batch_size: int = 256, seed: int = 0, root: str = "data", drop_last: bool = False):
         if batch_size < 1:
@@ -207,6 +210,7 @@ class GeneratedData(SequenceData):
         if min(self.batches.values()) < 1:
             raise ValueError(f"every split must have at least one batch; got {self.batches}")
         self.examples = {split: batches * batch_size for split, batches in self.batches.items()}
+        self.note = f"{batches_per_epoch} new batches an epoch"
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> Batch:
