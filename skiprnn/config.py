@@ -105,6 +105,19 @@ class RunConfig:
         _require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: there are auto, cpu, cuda")
         _require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be at least 1")
 
+    @classmethod
+    def of(cls, identity: dict[str, Any], **settings: Any) -> "RunConfig":
+        """The run of an `identity`, as run folders and records hold it.
+
+        Raises:
+            ConfigError: another version's.
+        """
+        try:
+            model, training = ModelConfig(**identity["model"]), TrainingConfig(**identity["training"])
+            return cls(identity["data"], model, training, identity["seed"], **settings)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"a run of another version of skiprnn: {error}") from None
+
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the result, and nothing else: how and where it is computed may change between resumptions."""
