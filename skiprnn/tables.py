@@ -172,14 +172,13 @@ def caption(experiment: Experiment, planned: Sequence[PlannedRun]) -> str:
     """What the table shows, by which protocol, on which data, and what it is compared with."""
     run = planned[0].run
     training = run.training
+    falling = f" (falling after epoch {training.epochs - training.decay_epochs})" if training.decay_epochs else ""
     text = (
         f"{experiment.title}. {run.profile.get('note', '')} {training.epochs} epochs, batch {training.batch_size}, "
-        f"Adam, learning rate {training.learning_rate:g}, gradient norm clipped at {training.gradient_clip:g}"
+        f"Adam, learning rate {training.learning_rate:g}{falling}, gradient norm clipped at {training.gradient_clip:g}"
     )
     if training.cost_free_epochs:
-        text += f", λ = 0 in the first {training.cost_free_epochs} epochs"
-    if training.decay_epochs:
-        text += f", falling in the last {training.decay_epochs} epochs"
+        text += f", λ = 0 before epoch {training.cost_free_epochs + 1}"
     text += (
         "; test set at the epoch with the best validation score; mean ± sample standard deviation over the runs done."
     )
