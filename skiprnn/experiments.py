@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from skiprnn import config as configs
@@ -126,6 +128,27 @@ def selected(experiment: Experiment, numbers: Sequence[int] | None) -> list[Row]
     if not numbers or not all(isinstance(number, int) and 1 <= number <= count for number in numbers):
         raise ConfigError(f"rows={list(numbers)}: {experiment.name} has rows 1 to {count}")
     return [experiment.rows[number - 1] for number in numbers]
+
+
+def asked_for(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
+    """What a command line asks for: the experiment if it names one, its runs or the single run, and publish=FOLDER.
+
+    Raises:
+        ConfigError: an override that cannot work, an unknown experiment.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("publish=")]
+    folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
+
+    def compose(given: Sequence[str]) -> DictConfig:
+        return hydra.compose("config", list(given))
+
+    try:
+        with hydra.initialize_config_dir(str(FOLDER.parent / "conf"), version_base="1.3"):
+            name = compose(overrides)["experiment"]
+            experiment = load(name) if name else None
+            return experiment, plan(experiment, [overrides], compose), folders[-1] if folders else None
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
 
 
 def _last_wins(overrides: Sequence[str]) -> list[str]:

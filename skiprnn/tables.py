@@ -11,9 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
-from hydra.errors import HydraException
 
 from skiprnn import experiments
 from skiprnn.config import ConfigError
@@ -131,19 +129,13 @@ def _latex(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Render the table of an experiment from the records that exist."""
-    overrides = [argument for argument in arguments if not argument.startswith("publish=")]
-    folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
-    conf = Path(__file__).resolve().parent.parent / "conf"
     try:
-        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-            name = hydra.compose("config", overrides)["experiment"]
-            if not name:
-                raise ConfigError("experiment=NAME is missing: which table?")
-            experiment = experiments.load(name)
-            planned = experiments.plan(experiment, [overrides], lambda given: hydra.compose("config", list(given)))
-        print(publish(experiment, planned, folders[-1] if folders else None))
-    except (ConfigError, HydraException) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+        experiment, planned, folder = experiments.asked_for(arguments)
+        if not experiment:
+            raise ConfigError("experiment=NAME is missing: which table?")
+        print(publish(experiment, planned, folder))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
