@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,6 +35,10 @@ class Experiment:
     title: str
     source: str
     rows: tuple[Row, ...]
+
+    def folder(self, run: RunConfig) -> Path:
+        """Where its table and figures go, unless they are published, from one of its runs."""
+        return Path(run.output) / "tables" / f"{self.name}_{run.profile.get('name', 'custom')}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def selected(experiment: Experiment, numbers: Sequence[int] | None) -> list[Row]
 
 
 def asked_for(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
-    """What a command line asks for: the experiment if it names one, its runs or the single run, and publish=FOLDER.
+    """What a command line asks for: the experiment if it names one, the runs that a sweep over it has, publish=FOLDER.
 
     Raises:
         ConfigError: an override that cannot work, an unknown experiment.
@@ -143,10 +149,11 @@ def asked_for(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
         return hydra.compose("config", list(given))
 
     try:
+        grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
         with hydra.initialize_config_dir(str(FOLDER.parent / "conf"), version_base="1.3"):
-            name = compose(overrides)["experiment"]
+            name = compose(grid[0])["experiment"]
             experiment = load(name) if name else None
-            return experiment, plan(experiment, [overrides], compose), folders[-1] if folders else None
+            return experiment, plan(experiment, grid, compose), folders[-1] if folders else None
     except HydraException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
 

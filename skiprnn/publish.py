@@ -25,7 +25,7 @@ from skiprnn.runs import RunFolder, read_checkpoint, write_atomically
 FILE = f"model{pretrained.SUFFIX}"
 ABOUT = {
     "always": "The papers' baseline: updates its state at every step.",
-    "random_steps": "The baseline of Skip RNN (Campos et al., ICLR 2018): skips steps at random, in use as in training.",
+    "random_steps": "The baseline of Skip RNN (Campos et al., ICLR 2018): skips random steps, in use as in training.",
     "random_neurons": "The baseline of SA-RNN (Hartvigsen et al., CIKM 2020): random neurons skip each step.",
     "skip": "Skip RNN (Campos et al., ICLR 2018): has learned at which steps to update its state.",
     "selective": "SA-RNN (Hartvigsen et al., CIKM 2020): has learned which neurons to update at each step.",

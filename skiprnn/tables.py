@@ -101,8 +101,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
         experiment, planned: as from skiprnn.experiments.
         folder: where; None: OUTPUT/tables/EXPERIMENT_PROFILE. If given, the records are copied beside the table.
     """
-    run = planned[0].run
-    target = folder or Path(run.output) / "tables" / f"{experiment.name}_{run.profile.get('name', 'custom')}"
+    target = folder or experiment.folder(planned[0].run)
     target.mkdir(parents=True, exist_ok=True)
     numbers = rows(planned)
     text, note = layout(numbers), caption(experiment, planned)
