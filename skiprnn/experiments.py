@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,6 +50,10 @@ class Experiment:
     def data(self) -> str:
         """Its data set, after which its profiles' folder is named."""
         return next(one.removeprefix("data=") for one in self.rows[0].overrides if one.startswith("data="))
+
+    def folder(self, run: RunConfig) -> Path:
+        """Where its table and figures go, unless they are published, from one of its runs."""
+        return Path(run.output) / "tables" / f"{self.name}_{run.profile.get('name', 'custom')}"
 
 
 @dataclass(frozen=True)
@@ -93,19 +99,26 @@ def published() -> list[Experiment]:
     return [experiment for experiment in found if any(row.published for row in experiment.rows)]
 
 
-def requested(overrides: Sequence[str]) -> tuple[Experiment, list[PlannedRun]]:
-    """The experiment that overrides name, and the runs that a sweep with them would make.
+def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
+    """What a command line asks for: the experiment if it names one, the runs that a sweep over it has, publish=FOLDER.
 
     Raises:
-        ConfigError: they name no experiment, or as load and plan.
-        HydraException: they do not compose.
+        ConfigError: an override that cannot work, an unknown experiment.
     """
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        name = hydra.compose("config", list(overrides))["experiment"]
-        if not name:
-            raise ConfigError("experiment=NAME is missing: which table?")
-        experiment = load(name)
-        return experiment, plan(experiment, [overrides], lambda given: hydra.compose("config", given))
+    overrides = [argument for argument in arguments if not argument.startswith("publish=")]
+    folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
+
+    def compose(given: Sequence[str]) -> DictConfig:
+        return hydra.compose("config", list(given))
+
+    try:
+        grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            name = compose(grid[0])["experiment"]
+            experiment = load(name) if name else None
+            return experiment, plan(experiment, grid, compose), folders[-1] if folders else None
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
 
 
 def _read(file: Path) -> dict[str, Any]:

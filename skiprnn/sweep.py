@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import Any
 
 from hydra.core.utils import JobStatus
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -166,14 +165,14 @@ def main(arguments: Sequence[str]) -> None:
         name, data = experiment.name, experiment.data
         command = [f"experiment={name}", f"data={data}", f"profile={data}/{profile}", *overrides]
         try:
-            _, planned = experiments.requested(command)
+            planned = experiments.requested(command)[1]
             prepare(planned)
             ready[name] = command
         except DataError as error:
             problems.append(f"{name} was left out: {error}")
             print(problems[-1], flush=True)
-        except (ConfigError, HydraException) as error:
-            sys.exit(f"error: {name}: {str(error).splitlines()[0]}")
+        except ConfigError as error:
+            sys.exit(f"error: {name}: {error}")
     for name, command in ready.items():
         print(f"\n{name}:", " ".join(command), flush=True)
         if subprocess.run([sys.executable, "-m", "skiprnn.train", "-m", *command], check=False).returncode:

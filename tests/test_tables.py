@@ -512,7 +512,7 @@ def test_a_smoke_test_of_every_row_ends_in_the_table(name, tmp_path):
     data = experiments.load(name).data
     overrides = [f"experiment={name}", f"data={data}", f"profile={data}/smoke", "model.hidden_size=4", "device=cpu"]
     overrides += ["training.evaluation_batches=1", f"output={tmp_path}", f"data_root={tmp_path}", "threads=1"]
-    experiment, planned = experiments.requested(overrides)
+    experiment, planned, _ = experiments.requested(overrides)
     for one in planned:
         train.train(one.run)
     markdown, _, numbers = publish(planned, experiment)
