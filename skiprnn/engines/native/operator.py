@@ -140,7 +140,7 @@ def recurrence(
 
     Args:
         cell, policy: their names.
-        x: (B, T, I).
+        x: (B, T, I). On a GPU all tensors have one more dimension in front: runs that share a launch.
         states: K per layer, (B, H).
         weights: weight_ih, weight_hh, bias per layer.
         gate: Skip's q and s, (B,) each; otherwise empty.
@@ -173,7 +173,11 @@ def recurrence(
 
 @recurrence.register_fake
 def _(cell, policy, x, states, weights, gate, policy_weights, draw, lengths, save):
-    return tuple(x.new_empty(shape) for shape in _shapes(cell, policy, x, states, save))
+    if x.dim() == 4:  # packed runs, on a GPU
+        from skiprnn.engines.triton.operator import shapes
+    else:
+        shapes = _shapes
+    return tuple(x.new_empty(shape) for shape in shapes(cell, policy, x, states, save))
 
 
 def split_states(final: Tensor, batch: int, hidden: Sequence[int], entries: int) -> list[tuple[Tensor, ...]]:
