@@ -35,7 +35,8 @@ def run(
         experiment = experiments.load(name) if name else None
         planned = experiments.plan(experiment, grid, compose)
         todo = [one for one in planned if not one.folder.complete]
-        tell_plan(planned, todo, workers)
+        seconds = tell_plan(planned, todo, workers)
+        todo.sort(key=lambda one: -seconds[one.row.label])  # the longest first: none is left alone at the end
     except train.USER_ERRORS as error:
         sys.exit(f"error: {error}")
     returns = launch([list(one.overrides) for one in todo]) if todo else []
@@ -51,18 +52,23 @@ def run(
         sys.exit("\n".join([f"error: {len(failures)} of {len(planned)} runs failed:", *failures]))
 
 
-def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int) -> None:
-    """Print rows, seeds, epochs, the estimated time and where results go, before anything long starts."""
+def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int) -> dict[str, float]:
+    """Print rows, seeds, epochs, the estimated time and where results go, before anything long starts.
+
+    Returns:
+        The estimated seconds of an epoch of each row that has something to do, by its label.
+    """
     console = Console()
     table = Table("row", "seeds", "epochs", "complete", "estimate")
-    total = 0.0
+    total, measured = 0.0, {}
     incomplete = {one.run.name for one in todo}
     with console.status("measuring a few steps of each row"):
         for label, group in groupby(planned, lambda one: one.row.label):
             runs = list(group)
             left = [one for one in runs if one.run.name in incomplete]
             epochs = sum(one.run.training.epochs - one.folder.epochs_done() for one in left)
-            seconds = epochs * train.seconds_per_epoch(left[0].run) if epochs else 0.0
+            measured[label] = train.seconds_per_epoch(left[0].run) if left else 0.0
+            seconds = epochs * measured[label]
             total += seconds
             table.add_row(
                 label or f"{runs[0].run.row} on {runs[0].run.data['name']}",
@@ -79,3 +85,4 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers
         "Interrupted, the same command continues.",
         soft_wrap=True,
     )
+    return measured

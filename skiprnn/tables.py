@@ -89,6 +89,8 @@ def caption(experiment: Experiment, planned: Sequence[PlannedRun]) -> str:
     )
     if training.cost_free_epochs:
         text += f", λ = 0 in the first {training.cost_free_epochs} epochs"
+    if training.decay_epochs:
+        text += f", falling in the last {training.decay_epochs} epochs"
     text += (
         "; test set at the epoch with the best validation score; mean ± sample standard deviation over the runs done. "
         f"Paper: {experiment.source}."

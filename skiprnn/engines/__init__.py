@@ -5,10 +5,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from skiprnn.cells import Cell
-from skiprnn.engines import native, reference, triton
+from skiprnn.engines import compact, native, reference, triton
 from skiprnn.policies import Policy
 
-ENGINES: dict[str, Callable] = {"reference": reference.run, "native": native.run, "triton": triton.run}
+ENGINES: dict[str, Callable] = {
+    "reference": reference.run,
+    "compact": compact.run,
+    "native": native.run,
+    "triton": triton.run,
+}
 
 
 def check(name: str) -> None:
@@ -24,16 +29,15 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
         ValueError: unknown name, or an engine that does not serve.
     """
     check(name)
-    if name == "reference":
-        return name
-    fast = {"native": native, "triton": triton}
-    automatic = "native" if x.device.type == "cpu" else "triton"
-    reason = fast[automatic if name == "auto" else name].unsupported(cells, policy, x)
-    if name == "auto":
-        return "reference" if reason else automatic
-    if reason:
-        raise ValueError(f"the {name} engine can't run this: {reason}")
-    return name
+    for engine, module in (("native", native), ("triton", triton), ("compact", compact)):
+        interpreted = engine == "triton" and x.device.type == "cpu"  # slow: only where it is asked for
+        if name == engine or (name == "auto" and not interpreted):
+            reason = module.unsupported(cells, policy, x)
+            if reason is None:
+                return engine
+            if name == engine:
+                raise ValueError(f"the {name} engine can't run this: {reason}")
+    return "reference"
 
 
 def run_packed(name: str, runs: Sequence[tuple]) -> list[tuple]:

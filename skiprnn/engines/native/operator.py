@@ -123,8 +123,7 @@ def _shapes(cell: str, policy: str, x: Tensor, states, save: bool) -> list[tuple
     ]
 
 
-@torch.library.custom_op("skiprnn::recurrence", mutates_args=(), device_types="cpu")
-def recurrence(
+def _compute(
     cell: str,
     policy: str,
     x: Tensor,
@@ -169,6 +168,9 @@ def recurrence(
         problem.point(problem.struct, "projected", [projected])
     problem.call("forward")
     return output, final, final_gate, updates, saved, saved_gate, projected
+
+
+recurrence = torch.library.custom_op("skiprnn::recurrence", _compute, mutates_args=(), device_types="cpu")
 
 
 @recurrence.register_fake
@@ -373,6 +375,8 @@ def apply(cell: str, policy: str, x: Tensor, states, weights, gate, policy_weigh
     """The operator, also under torch.func's transforms."""
     lists = states, weights, gate, policy_weights
     if not torch._C._are_functorch_transforms_active():
-        return recurrence(cell, policy, x, *lists, draw, lengths, save)
+        plain = not save and type(x) is Tensor and not torch.compiler.is_compiling()
+        run = _compute if plain else recurrence  # the dispatcher takes longer than a short sequence
+        return run(cell, policy, x, *lists, draw, lengths, save)
     counts = [len(part) for part in lists]
     return _Flat.apply((cell, policy), counts, save, x, *(t for part in lists for t in part), draw, lengths)
