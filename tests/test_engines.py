@@ -291,7 +291,7 @@ def test_auto_takes_what_serves():
         SkipLSTM(3, 4, layer_norm=True, engine="native")(x)
     with pytest.raises(ValueError, match="unknown engine"):
         SkipLSTM(3, 4, engine="nativ")
-    assert set(engines.ENGINES) == {"reference", "compact", "native"}
+    assert set(engines.ENGINES) == {"reference", "compact", "native", "triton"}
 
 
 NO_COMPILER = """

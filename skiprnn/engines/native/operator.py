@@ -139,7 +139,7 @@ def _compute(
 
     Args:
         cell, policy: their names.
-        x: (B, T, I).
+        x: (B, T, I). On a GPU all tensors have one more dimension in front: runs that share a launch.
         states: K per layer, (B, H).
         weights: weight_ih, weight_hh, bias per layer.
         gate: Skip's q and s, (B,) each; otherwise empty.
@@ -175,7 +175,11 @@ recurrence = torch.library.custom_op("skiprnn::recurrence", _compute, mutates_ar
 
 @recurrence.register_fake
 def _(cell, policy, x, states, weights, gate, policy_weights, draw, lengths, save):
-    return tuple(x.new_empty(shape) for shape in _shapes(cell, policy, x, states, save))
+    if x.dim() == 4:  # packed runs, on a GPU
+        from skiprnn.engines.triton.operator import shapes
+    else:
+        shapes = _shapes
+    return tuple(x.new_empty(shape) for shape in shapes(cell, policy, x, states, save))
 
 
 def split_states(final: Tensor, batch: int, hidden: Sequence[int], entries: int) -> list[tuple[Tensor, ...]]:
