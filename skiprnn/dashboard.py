@@ -48,10 +48,10 @@ def plans(output: Path) -> list[SavedPlan]:
     saved += [SavedPlan("single runs", "", tuple(single))] if single else []
     apart = []
     for plan in saved:
-        for name in dict.fromkeys(one.run.data["name"] for one in plan.planned):
+        names = dict.fromkeys(one.run.data["name"] for one in plan.planned)
+        for name in names:
             runs = tuple(one for one in plan.planned if one.run.data["name"] == name)
-            title = plan.title if len(runs) == len(plan.planned) and plan.title != "single runs" else f"{plan.title}: {name}"
-            apart.append(SavedPlan(title, plan.command, runs))
+            apart.append(SavedPlan(f"{plan.title} ({name})" if len(names) > 1 else plan.title, plan.command, runs))
     return apart
 
 
@@ -60,7 +60,9 @@ def view(plan: SavedPlan) -> dict[str, Any]:
     numbers = tables.rows(plan.planned)
     text = tables.layout(numbers)
     score = "mse" if "mse_mean" in numbers else "accuracy"
-    rows, pictures, unfinished = [], [], []
+    rows: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []
     for index, (_, group) in enumerate(groupby(plan.planned, lambda one: one.row.label)):
         runs = list(group)
         model, line = runs[0].run.model, numbers.iloc[index]
@@ -96,7 +98,7 @@ def view(plan: SavedPlan) -> dict[str, Any]:
         "runs": {"planned": len(plan.planned), "complete": len(plan.planned) - len(states)}
         | {state: states.count(state) for state in ("begun", "failed", "waiting")},
         "epochs": [sum(row["epochs"][k] for row in rows) for k in (0, 1)],
-        "unfinished": sorted((one for one in unfinished if one["state"] != "waiting"), key=lambda one: one["state"] != "failed"),
+        "unfinished": [one for state in ("failed", "begun") for one in unfinished if one["state"] == state],
     }
 
 
@@ -108,7 +110,8 @@ def progress(one: PlannedRun, epochs: int) -> dict[str, Any]:
     if folder.failure_file.exists():
         state, reason = "failed", json.loads(folder.failure_file.read_text())["error"]
     moved = datetime.fromtimestamp(metrics_file.stat().st_mtime).strftime("%d %b %H:%M") if epochs else ""
-    return {"name": one.run.name, "state": state, "epochs": [epochs, one.run.training.epochs], "moved": moved, "reason": reason}
+    planned = one.run.training.epochs
+    return {"name": one.run.name, "state": state, "epochs": [epochs, planned], "moved": moved, "reason": reason}
 
 
 def spread(line: pd.Series, metric: str) -> list[float] | None:
@@ -155,7 +158,7 @@ def page(output: Path) -> str:
         output=str(output),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         most=UNFINISHED,
-        vega=vl_convert.javascript_bundle().replace("</script", r"<\/script"),
+        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace("</script", r"<\/script"),
     )
 
 
@@ -173,10 +176,12 @@ def workspace(entity: str, project: str) -> Any:
     scores = {"accuracy": "accuracy", "mse": "mean squared error"}
     updates = panels.SummaryMetric("test/state_updates")
     tradeoff: list[Any] = [
-        panels.ScatterPlot(title=f"Test {title} against state updates", x=updates, y=panels.SummaryMetric(f"test/{score}"))
-        for score, title in scores.items()
+        panels.ScatterPlot(
+            title=f"Test {title} against state updates", x=updates, y=panels.SummaryMetric(f"test/{key}")
+        )
+        for key, title in scores.items()
     ]
-    tradeoff.append(panels.ScatterPlot(title="State updates against λ", x=panels.Config("lambda"), y=updates, log_x=True))
+    tradeoff += [panels.ScatterPlot(title="State updates against λ", x=panels.Config("lambda"), y=updates, log_x=True)]
     learning: list[Any] = [
         panels.LinePlot(title=f"Validation {title}", x="epoch", y=[f"validation/{key}"], groupby_rangefunc="minmax")
         for key, title in (scores | {"state_updates": "state updates", "loss": "loss"}).items()
@@ -192,7 +197,7 @@ def workspace(entity: str, project: str) -> Any:
         ],
         settings=workspaces.WorkspaceSettings(x_axis="epoch", max_runs=100),
         runset_settings=workspaces.RunsetSettings(
-            groupby=[workspaces.expr.Metric("Group")] if hasattr(workspaces, "expr") else [],
+            groupby=[workspaces.Metric("Group")],
             pinned_columns=[
                 *("config:lambda", "config:p_skip", "config:seed"),
                 *("summary:test/accuracy", "summary:test/mse", "summary:test/state_updates", "summary:best_epoch"),
@@ -207,12 +212,15 @@ def save_workspace(target: str) -> str:
     Raises:
         ConfigError: no library, no key, no such project, or no server.
     """
-    import wandb
+    import wandb  # here, for it is slow to import and seldom wanted
 
-    if not wandb.login(prompt=False):
-        raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
     *entity, project = target.split("/")
-    return workspace(entity[0] if entity else wandb.Api().default_entity, project).save().url
+    try:
+        if not wandb.login(prompt=False):
+            raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
+        return workspace(entity[0] if entity else wandb.Api().default_entity or "", project).save().url
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--wandb {target}: {str(error).splitlines()[0]}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -158,7 +158,8 @@ class _Reader:
                     raise ConfigError(f"no {key} in {group}")
                 section = OmegaConf.create(getattr(run, group))
                 OmegaConf.update(section, key, value.value())
-                run = replace(run, **{group: OmegaConf.to_object(section)})
+                changed: dict[str, Any] = {group: OmegaConf.to_object(section)}
+                run = replace(run, **changed)
         except (OmegaConfBaseException, ConfigError):
             return configs.read(self.compose(list(overrides)))
         return run

@@ -3,13 +3,14 @@
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as lightning
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from skiprnn.config import RunConfig
 from skiprnn.runs import RunFolder, write_atomically
@@ -35,7 +36,7 @@ def usage(
     count, steps, _ = share.shape
     colours = share * USED + (1 - share) * SKIPPED
     if image:
-        colours *= 0.35 + 0.65 * inputs
+        colours = colours * (0.35 + 0.65 * inputs)
     if lengths is not None:
         colours[np.arange(steps) >= lengths[:, None]] = 255
     rows, columns = image or (1, steps)
@@ -65,8 +66,8 @@ class UsagePictures(lightning.Callback):
         with torch.no_grad():
             _, updates = module.network(inputs, lengths)
         module.network.train()
-        arrays = (None if one is None else one.cpu().numpy() for one in (inputs, updates, lengths))
-        picture = Image.fromarray(usage(*arrays, image=module.data.image))
+        ends = None if lengths is None else lengths.cpu().numpy()
+        picture = Image.fromarray(usage(inputs.cpu().numpy(), updates.cpu().numpy(), ends, module.data.image))
         file = io.BytesIO()
         picture.save(file, "PNG")
         write_atomically(self.folder.path / "usage.png", file.getvalue())
@@ -104,17 +105,19 @@ def page_options(run: RunConfig) -> dict[str, Any]:
     return options
 
 
-def close_page(record: dict[str, Any] | None) -> None:
-    """End the wandb page of this process's run, if it has one: a sweep's next run has a page of its own.
+def summarise(loggers: Sequence[Logger], record: dict[str, Any]) -> None:
+    """Give the wandb page its summary: the test results of the epoch that is best on validation, as in the tables."""
+    best = record["best"]
+    results = {f"test/{key}": value for key, value in best["test"].items()}
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(
+                results | {"best_epoch": best["epoch"], "parameters": record["parameters"]}
+            )
 
-    Args:
-        record: of a complete run, whose test results become the page's summary; None if the run stopped before.
-    """
+
+def close_page(complete: bool) -> None:
+    """End the wandb page of this process, if there is one: a sweep's next run has a page of its own."""
     wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None:
-        return
-    if record:
-        best = record["best"]
-        results = {f"test/{key}": value for key, value in best["test"].items()}
-        wandb.run.summary.update(results | {"best_epoch": best["epoch"], "parameters": record["parameters"]})
-    wandb.finish(exit_code=0 if record else 1)
+    if wandb and wandb.run:
+        wandb.finish(exit_code=0 if complete else 1)

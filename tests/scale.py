@@ -47,7 +47,7 @@ def finish(one: PlannedRun, epochs: int = EPOCHS) -> None:
             writer.writerow([epoch, 1e-3, 1 - a, a, u, 1 - a, a, u, 1234.5, 1.5])
     folder.last.touch()
     if epochs == EPOCHS:
-        test = {"loss": 0.1, "accuracy": accuracy[-1], "state_updates": updates[-1], "inference_flops": 1e5 * updates[-1]}
+        test = {"accuracy": accuracy[-1], "state_updates": updates[-1], "inference_flops": 1e5 * updates[-1]}
         best = {"epoch": epochs - 1, "train": test, "validation": test, "test": test}
         folder.finish({"name": one.run.name, "config": one.run.identity, "best": best, "final": best})
 

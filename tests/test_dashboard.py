@@ -45,7 +45,7 @@ def charts(html: str) -> list[dict]:
 
 def test_page_says_how_far_each_sweep_is(html):
     titles = re.findall(r"<h2>(\w.*?)</h2>", html)
-    assert titles == ["Many runs: digits", "Many runs: mnist", "single runs: adding"]
+    assert titles == ["Many runs (digits)", "Many runs (mnist)", "single runs"]
     assert "20 runs: 18 complete, 1 begun, 1 failed, 0 waiting" in html
     assert f"{18 * scale.EPOCHS + 2 * 13} of {20 * scale.EPOCHS} epochs" in html
     assert "20 runs: 19 complete, 0 begun, 0 failed, 1 waiting" in html
@@ -132,7 +132,7 @@ def wandb_library():
 def test_workspace_has_the_views(wandb_library):
     workspace = dashboard.workspace("someone", "skiprnn")
     spec = json.dumps(workspace._to_model().model_dump(mode="json"))
-    assert [section.name for section in workspace.sections] == ["Accuracy against computation", "Learning", "Used samples"]
+    assert [len(section.panels) for section in workspace.sections] == [3, 4, 1]
     for key in ("test/accuracy", "test/state_updates", "validation/accuracy", "usage", "lambda"):
         assert key in spec
 
