@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +26,7 @@ import vl_convert
 
 from skiprnn import experiments, tables
 from skiprnn.config import ConfigError, RunConfig
-from skiprnn.experiments import PlannedRun, Row, SavedPlan
+from skiprnn.experiments import Experiment, PlannedRun, Row, SavedPlan
 from skiprnn.runs import MetricsFile, RunFolder, write_atomically
 
 EPOCHS_DRAWN = 60  # of a curve
@@ -45,21 +46,27 @@ def plans(output: Path) -> list[SavedPlan]:
                 continue  # another version's
             if RunFolder(run).path == file.parent:
                 single.append(PlannedRun(Row(run.row), run, ()))
-    saved += [SavedPlan("single runs", "", tuple(single))] if single else []
+    saved += [SavedPlan(Experiment("", "single runs", "", ()), "", tuple(single))] if single else []
     apart = []
     for plan in saved:
         names = dict.fromkeys(one.run.data["name"] for one in plan.planned)
         for name in names:
             runs = tuple(one for one in plan.planned if one.run.data["name"] == name)
-            apart.append(SavedPlan(f"{plan.title} ({name})" if len(names) > 1 else plan.title, plan.command, runs))
+            title = f"{plan.experiment.title} ({name})" if len(names) > 1 else plan.experiment.title
+            apart.append(SavedPlan(replace(plan.experiment, title=title), plan.command, runs))
     return apart
 
 
 def view(plan: SavedPlan) -> dict[str, Any]:
     """What the page shows of a sweep over one data set: numbers and texts only."""
-    numbers = tables.rows(plan.planned)
-    text = tables.layout(numbers)
-    score = "mse" if "mse_mean" in numbers else "accuracy"
+    experiment = plan.experiment
+    record = next((one.folder.record() for one in plan.planned if one.folder.complete), None)
+    if not experiment.name and record and "mse" in record["best"]["test"]:
+        experiment = replace(experiment, columns=("mse", *experiment.columns[1:]))
+    numbers = tables.rows(experiment, plan.planned)
+    text, verdicts = tables.layout(experiment, numbers), tables.verdicts(experiment, numbers)
+    score = "mse" if "mse" in experiment.columns else "accuracy"
+    updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
     rows: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     unfinished: list[dict[str, Any]] = []
@@ -80,19 +87,19 @@ def view(plan: SavedPlan) -> dict[str, Any]:
                 "lambda": f"{model.cost_per_sample:g}" if model.policy in ("skip", "selective") else "none",
                 "epochs": [sum(epochs), sum(one.run.training.epochs for one in runs)],
                 "score": spread(line, score),
-                "updates": spread(line, "state_updates"),
-                "paper": [spread(line, f"published_{score}"), spread(line, "published_state_updates")],
+                "updates": spread(line, updates),
+                "paper": [spread(line, f"published_{score}"), spread(line, f"published_{updates}")],
                 "curve": curve([one.folder.path / MetricsFile.NAME for one in runs], f"validation/{score}"),
             }
         )
     states = [one["state"] for one in unfinished]
     return {
-        "title": plan.title,
+        "title": experiment.title,
         "command": plan.command,
         "note": plan.planned[0].run.profile.get("note", ""),
-        "score": {"mse": "mean squared error"}.get(score, score),
-        "columns": list(text.columns),
-        "cells": text.to_numpy().tolist(),
+        "score": tables.METRICS[score].heading,
+        "updates": tables.METRICS[updates].heading,
+        "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in (text, verdicts)],
         "rows": rows,
         "pictures": pictures,
         "runs": {"planned": len(plan.planned), "complete": len(plan.planned) - len(states)}
@@ -154,7 +161,7 @@ def page(output: Path) -> str:
     )
     return environment.get_template("dashboard.html").render(
         views=views,
-        charts=[{"score": one["score"], "rows": one["rows"]} for one in views],
+        charts=[{key: one[key] for key in ("score", "updates", "rows")} for one in views],
         output=str(output),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         most=UNFINISHED,

@@ -5,12 +5,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,6 +22,8 @@ from skiprnn.config import ConfigError, RunConfig
 from skiprnn.runs import RunFolder, write_atomically
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
+CONF = FOLDER.with_name("conf")
+COLUMNS = ("accuracy", "state_updates", "inference_flops")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,17 @@ class Experiment:
     title: str
     source: str
     rows: tuple[Row, ...]
+    columns: tuple[str, ...] = COLUMNS  # of skiprnn.tables.METRICS
+    published_runs: int | None = None  # that a published mean and standard deviation are of
+
+    @property
+    def data(self) -> str:
+        """Its data set, after which its profiles' folder is named."""
+        return next(one.removeprefix("data=") for one in self.rows[0].overrides if one.startswith("data="))
+
+    def folder(self, run: RunConfig) -> Path:
+        """Where its table and figures go, unless they are published, from one of its runs."""
+        return Path(run.output) / "tables" / f"{self.name}_{run.profile.get('name', 'custom')}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ def load(name: str) -> Experiment:
     """Read experiments/NAME.yaml. `rows_of` takes the rows of another file, without its published numbers.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file, or published deviations of an unknown number of runs.
     """
     file = FOLDER / f"{name}.yaml"
     if not file.exists():
@@ -71,7 +87,38 @@ def load(name: str) -> Experiment:
     else:
         entries = content["rows"]
     rows = tuple(Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in entries)
-    return Experiment(name, content["title"], content["source"], rows)
+    runs = content.get("published_runs")
+    if runs is None and any(isinstance(value, list) for row in rows for value in row.published.values()):
+        raise ConfigError(f"{file}: of how many runs are the published deviations? published_runs is missing")
+    return Experiment(name, content["title"], content["source"], rows, tuple(content.get("columns", COLUMNS)), runs)
+
+
+def published() -> list[Experiment]:
+    """The experiments that have published numbers: the tables of the papers."""
+    found = [load(file.stem) for file in sorted(FOLDER.glob("*.yaml"))]
+    return [experiment for experiment in found if any(row.published for row in experiment.rows)]
+
+
+def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
+    """What a command line asks for: the experiment if it names one, the runs that a sweep over it has, publish=FOLDER.
+
+    Raises:
+        ConfigError: an override that cannot work, an unknown experiment.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("publish=")]
+    folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
+
+    def compose(given: Sequence[str]) -> DictConfig:
+        return hydra.compose("config", list(given))
+
+    try:
+        grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            name = compose(grid[0])["experiment"]
+            experiment = load(name) if name else None
+            return experiment, plan(experiment, grid, compose), folders[-1] if folders else None
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -169,13 +216,14 @@ class _Reader:
 class SavedPlan:
     """What a sweep planned, as it is kept in OUTPUT/sweeps/ for whoever watches."""
 
-    title: str
+    experiment: Experiment  # its rows are the planned ones; of a plain grid, the title is the command
     command: str  # the overrides, as typed
     planned: tuple[PlannedRun, ...]
 
 
-def save_plan(title: str, command: str, planned: Sequence[PlannedRun]) -> None:
+def save_plan(experiment: Experiment | None, command: str, planned: Sequence[PlannedRun]) -> None:
     """Keep a sweep's plan; the same runs, planned again, replace it. A row's runs differ in the seed alone."""
+    experiment = experiment or Experiment("", command, "", ())
     rows: dict[str, dict[str, Any]] = {}
     for one in planned:
         identity = one.run.identity
@@ -187,7 +235,12 @@ def save_plan(title: str, command: str, planned: Sequence[PlannedRun]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output={planned[0].run.output}: cannot write {folder}: {error.strerror}") from None
-    content = {"title": title, "command": command, "profile": planned[0].run.profile, "rows": list(rows.values())}
+    content = {
+        "experiment": asdict(replace(experiment, rows=())),
+        "command": command,
+        "profile": planned[0].run.profile,
+        "rows": list(rows.values()),
+    }
     digest = hashlib.sha256(" ".join(one.run.name for one in planned).encode()).hexdigest()[:8]
     write_atomically(folder / f"{digest}.json", json.dumps(content).encode())
 
@@ -204,7 +257,7 @@ def saved_plans(output: Path) -> list[SavedPlan]:
             for row in [Row(entry["label"], published=entry["published"])]
             for seed in entry["seeds"]
         ]
-        plans.append(SavedPlan(content["title"], content["command"], tuple(planned)))
+        plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
     return plans
 
 

@@ -1,10 +1,13 @@
-"""A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table."""
+"""A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table.
 
+python -m skiprnn.sweep cpu [overrides]: every table that is published, under the profile of this name of its data set.
+"""
+
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
-from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from skiprnn import experiments, tables, train
-from skiprnn.config import RunConfig
+from skiprnn.config import ConfigError, RunConfig
+from skiprnn.data.base import DataError
 from skiprnn.experiments import PlannedRun
 from skiprnn.runs import duration
 
@@ -46,9 +50,10 @@ def run(
         experiment = experiments.load(name) if name else None
         planned = experiments.plan(experiment, grid, compose)
         todo = [one for one in planned if not one.folder.complete]
-        experiments.save_plan(experiment.title if experiment else command, command, planned)
+        experiments.save_plan(experiment, command, planned)
         prepare(todo)
-        tell_plan(planned, todo, workers, here)
+        seconds = tell_plan(planned, todo, workers, here)
+        todo.sort(key=lambda one: -seconds.get(kind_of(one), 0))  # the longest first: none is left alone at the end
         failures = launch_all(todo, launch)
     except train.USER_ERRORS as error:
         sys.exit(f"error: {error}")
@@ -98,8 +103,12 @@ def kind_of(one: PlannedRun) -> str:
     return repr((one.run.data, model, one.run.training))
 
 
-def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int, here: bool) -> None:
-    """Print rows, seeds, epochs, the estimated time and where results go, before anything long starts."""
+def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int, here: bool) -> dict[str, float]:
+    """Print rows, seeds, epochs, the estimated time and where results go, before anything long starts.
+
+    Returns:
+        The estimated seconds of an epoch of every kind of run that is to be done; nothing unless it is done here.
+    """
     console = Console()
     incomplete = {one.run.name for one in todo}
     rows = [list(group) for _, group in groupby(planned, lambda one: one.row.label)]
@@ -109,32 +118,69 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers
     alike: dict[str, list[RunConfig]] = {}
     for one in todo:
         alike.setdefault(kind_of(one), []).append(one.run)
-    # measured once for all λ and p_skip, in the middle of them
-    seconds_per_epoch = cache(lambda kind: train.seconds_per_epoch(alike[kind][len(alike[kind]) // 2]))
+    measured: dict[str, float] = {}
     total = 0.0
     with console.status("measuring a few steps of each row"):
-        for runs in rows:
-            left = [one for one in runs if one.run.name in incomplete]
-            epochs = sum(one.run.training.epochs - one.folder.epochs_done() for one in left)
-            seconds = epochs * seconds_per_epoch(kind_of(left[0])) if epochs and here else 0.0
-            total += seconds
-            model, data = runs[0].run.model.name, runs[0].run.data["name"]
-            labels, seeds = {one.row.label for one in runs}, sorted({one.run.seed for one in runs})
-            table.add_row(
-                runs[0].row.label or f"{runs[0].run.row} on {data}"
-                if len(labels) == 1
-                else f"{model} on {data}, {len(labels)} settings",
-                ", ".join(map(str, seeds)),
-                str(runs[0].run.training.epochs),
-                f"{len(runs) - len(left)} / {len(runs)}",
-                *([duration(seconds) if left else ""] if here else []),
-            )
+        for kind, runs in alike.items() if here else ():
+            measured[kind] = train.seconds_per_epoch(runs[len(runs) // 2])  # once for all λ and p_skip, in the middle
+    for group in rows:
+        left = [one for one in group if one.run.name in incomplete]
+        epochs = sum(one.run.training.epochs - one.folder.epochs_done() for one in left)
+        seconds = epochs * measured.get(kind_of(group[0]), 0.0)
+        total += seconds
+        model, data = group[0].run.model.name, group[0].run.data["name"]
+        labels, seeds = {one.row.label for one in group}, sorted({one.run.seed for one in group})
+        table.add_row(
+            group[0].row.label or f"{group[0].run.row} on {data}"
+            if len(labels) == 1
+            else f"{model} on {data}, {len(labels)} settings",
+            ", ".join(map(str, seeds)),
+            str(group[0].run.training.epochs),
+            f"{len(group) - len(left)} / {len(group)}",
+            *([duration(seconds) if left else ""] if here else []),
+        )
     console.print(table)
     at_once = f", {workers} at once" if workers > 1 else ""
     estimate = f": about {duration(total / min(workers, len(todo)))}" if todo and here else ""
     output = planned[0].run.output
     console.print(
         f"{len(todo)} of {len(planned)} runs to do{at_once if todo else ''}{estimate}; run folders in {output}/. "
-        f"Interrupted, the same command continues; python -m skiprnn.dashboard output={output} shows how far it is.",
+        f"Interrupted, the same command continues; python -m skiprnn.dashboard {output} shows how far it is.",
         soft_wrap=True,
     )
+    return measured
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run every published table whose data can be had, each in a process of its own; then say what was left out.
+
+    Data are fetched first, so that what is missing shows before anything long starts. Exits with status 1 if a table
+    failed; one that was left out for want of data has not.
+    """
+    if not arguments or "=" in arguments[0]:
+        sys.exit("error: which profile? python -m skiprnn.sweep paper|cpu|smoke [overrides]")
+    profile, *overrides = arguments
+    ready, problems, status = {}, [], 0
+    for experiment in experiments.published():
+        name, data = experiment.name, experiment.data
+        command = [f"experiment={name}", f"data={data}", f"profile={data}/{profile}", *overrides]
+        try:
+            planned = experiments.requested(command)[1]
+            prepare(planned)
+            ready[name] = command
+        except DataError as error:
+            problems.append(f"{name} was left out: {error}")
+            print(problems[-1], flush=True)
+        except ConfigError as error:
+            sys.exit(f"error: {name}: {error}")
+    for name, command in ready.items():
+        print(f"\n{name}:", " ".join(command), flush=True)
+        if subprocess.run([sys.executable, "-m", "skiprnn.train", "-m", *command], check=False).returncode:
+            problems.append(f"{name} failed, see above")
+            status = 1
+    print("\n".join(["", f"{len(ready)} of the papers' {len(experiments.published())} tables were run", *problems]))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,5 +1,6 @@
 """Shared by all tests: small runs on the bundled digits, composed as a user would compose them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from skiprnn import config
 from skiprnn.config import RunConfig
-from skiprnn.data.ucf101 import appending
+from skiprnn.data.ucf101.store import appending
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 SMALL = [
@@ -22,6 +23,8 @@ SMALL = [
     "device=cpu",
 ]
 
+if not torch.cuda.is_available():  # before Triton is imported: then the GPU engine's kernels can be tested on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # bit-for-bit comparisons with subprocesses, which get threads=1
 
 

@@ -79,9 +79,10 @@ def main(runs: int) -> None:
             assert sum(one.folder.complete for one in planned) == len(planned)
             assert sum(one.folder.epochs_done() for one in planned) == EPOCHS * len(planned)
         with told("note the plan for who watches"):
-            experiments.save_plan("scale", "", planned)
+            experiments.save_plan(None, "scale", planned)
         with told("table: " + str(len({one.row.label for one in planned})) + " rows"):
-            tables.layout(tables.rows(planned))
+            experiment = experiments.Experiment("", "", "", ())
+            tables.layout(experiment, tables.rows(experiment, planned))
         with told("page"):
             html = dashboard.page(Path(folder))
         print(f"the page has {len(html) / 1e6:.1f} MB")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from skiprnn import dashboard, experiments
 from skiprnn.config import ConfigError
+from skiprnn.experiments import Experiment
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -21,7 +22,7 @@ def output(tmp_path_factory):
     """A sweep of 40 runs, 37 complete, one halfway, one failed, one not begun; and a run that no sweep planned."""
     output = tmp_path_factory.mktemp("output")
     planned = scale.plan(scale.grid(output, 40))
-    experiments.save_plan("Many runs", "model=...", planned)
+    experiments.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
     for number, one in enumerate(planned[:-1]):
         scale.finish(one, 13 if number < 2 else scale.EPOCHS)
     planned[0].folder.fail(RuntimeError("lost <everything>"))
@@ -64,7 +65,7 @@ def test_page_shows_means_over_seeds_and_curves(html, output):
     assert epoch == scale.EPOCHS
     assert (least, largest) == pytest.approx((min(accuracies), max(accuracies)), rel=1e-4)
     assert mean == pytest.approx(sum(accuracies) / 5, rel=1e-4)
-    assert adding["score"] == "mean squared error"
+    assert adding["score"] == "MSE"
     assert adding["rows"][0]["score"] == [0.25, 0.0]
 
 

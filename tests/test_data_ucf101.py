@@ -15,18 +15,10 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.models import mobilenet_v2
 
 from skiprnn.data.base import MIRROR, DataError
-from skiprnn.data.ucf101 import (
-    UCF101,
-    FeatureStore,
-    appending,
-    convert,
-    extract,
-    group_of,
-    load_backbone,
-    main,
-    read_list,
-    sample_frames,
-)
+from skiprnn.data.ucf101 import UCF101, group_of, read_list
+from skiprnn.data.ucf101.__main__ import main
+from skiprnn.data.ucf101.extract import convert, extract, load_backbone, sample_frames
+from skiprnn.data.ucf101.store import FeatureStore, appending
 
 PUBLISHED = Path(os.environ.get(MIRROR, ""), "ucf101")
 needs_ucf101 = pytest.mark.skipif(

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import BrokenExecutor
+from subprocess import CompletedProcess
 
 import pytest
 from conftest import SMALL, command, compose
@@ -83,6 +84,46 @@ def test_run_asked_for_twice(tmp_path):
     done = command("-m", "seed=0,0", f"output={tmp_path}")
     assert done.returncode == 1
     assert "asks for the same run twice" in done.stderr
+
+
+ALL = [experiment for experiment in experiments.published() if experiment.name in ("adding", "frequency", "ucf101")]
+
+
+@pytest.mark.parametrize(("failing", "status"), [("adding", 1), (None, 0)])
+def test_all_tables_are_tried_and_what_is_missing_is_told(failing, status, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def run(arguments, check):
+        started.append(arguments[4:])
+        return CompletedProcess(arguments, int(f"experiment={failing}" in arguments))
+
+    monkeypatch.setattr(sweep.experiments, "published", lambda: ALL)
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["smoke", "rows=[1]", f"data_root={tmp_path}", "hydra/launcher=processes"])
+    assert stopped.value.code == status
+    assert [arguments[:3] for arguments in started] == [
+        [f"experiment={name}", f"data={name}", f"profile={name}/smoke"] for name in ("adding", "frequency")
+    ]
+    assert all(arguments[3:] == started[0][3:] for arguments in started)
+    summary = capsys.readouterr().out.split("\n\n")[-1]
+    assert summary.startswith("2 of the papers' 3 tables were run\nucf101 was left out: no feature store in ")
+    assert ("adding failed" in summary) == (failing == "adding")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: which profile"),
+        (["rows=[1]"], "error: which profile"),
+        (["weekend"], "error: adding: .*profile/adding/weekend"),
+        (["smoke", "rows=[99]"], r"error: adding: rows=\[99\]"),
+    ],
+)
+def test_bad_input_to_all_tables_gets_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(sweep.experiments, "published", lambda: ALL)
+    with pytest.raises(SystemExit, match=message):
+        sweep.main(arguments)
 
 
 # Python runs this when a process starts: the first ones to write a checkpoint get SIGNALS, one each.
@@ -227,9 +268,9 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
 def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
-        experiments.save_plan("A title", "seed=0,3", planned)
+        experiments.save_plan(None, "seed=0,3", planned)
     (saved,) = experiments.saved_plans(tmp_path)
-    assert (saved.title, saved.command) == ("A title", "seed=0,3")
+    assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
 

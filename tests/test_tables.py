@@ -1,19 +1,26 @@
-"""Tables from made-up records whose means are known, and the plans that every experiment makes."""
+"""Tables from made-up records whose means are known, and the plans that every experiment makes.
 
+SKIPRNN_TABLES names a folder with the papers' tables as CSV; without it, published numbers are not compared with them.
+"""
+
+import csv
 import dataclasses
 import json
 import math
+import os
 from functools import cache
 from pathlib import Path
 
 import hydra
 import pandas as pd
 import pytest
-from conftest import compose
+from conftest import compose, make_small_ucf101
 from omegaconf import OmegaConf
+from scipy.stats import ttest_ind
 
-from skiprnn import experiments, tables
+from skiprnn import Recurrent, experiments, metrics, tables, train
 from skiprnn.config import ConfigError
+from skiprnn.data.ucf101 import cnn_flops
 from skiprnn.experiments import Experiment, PlannedRun, Row, _last_wins
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -55,11 +62,12 @@ def planned(tmp_path):
     ]
 
 
-def finish(one: PlannedRun, **test: float) -> None:
+def finish(one: PlannedRun, facts: dict | None = None, **test: float) -> None:
     """Write the record of a complete run; only the test set of the best epoch must be read."""
     wrong = dict.fromkeys(test, 123.0)
     one.folder.path.mkdir(parents=True)
-    one.folder.finish({"best": {"epoch": 1, "test": test, "validation": wrong}, "final": {"epoch": 2, "test": wrong}})
+    results = {"best": {"epoch": 1, "test": test, "validation": wrong}, "final": {"epoch": 2, "test": wrong}}
+    one.folder.finish({"config": one.run.identity} | results | (facts or {}))
 
 
 def finish_row(planned: list[PlannedRun], label: str, accuracies=(), updates=(), flops=()) -> None:
@@ -79,10 +87,9 @@ def publish(planned: list[PlannedRun], experiment: Experiment | None = None) -> 
 
 
 def cells(markdown: str) -> dict[str, dict[str, str]]:
-    """A Markdown table as {model: {column: text}}."""
-    header, _, *lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")
-    ]
+    """The first table of a Markdown text as {model: {column: text}}."""
+    first = markdown.split("\n\n")[0]
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     return {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in lines}
 
 
@@ -166,7 +173,7 @@ def test_the_published_numbers_are_the_papers(planned):
 
 def test_regression_shows_the_squared_error(tmp_path):
     row = Row("LSTM", ("data=adding", "model=lstm"), {"mse": 1.67e-3})
-    experiment = Experiment("adding_test", "Adding", "hand-made", (row,))
+    experiment = Experiment("adding_test", "Adding", "hand-made", (row,), ("mse", "state_updates"))
     planned = plan_of(experiment, [["profile=digits/smoke", "seed=0", f"output={tmp_path}"]])
     finish(planned[0], mse=0.0012345, state_updates=50.0, inference_flops=2.46e6)
     line = cells(publish(planned, experiment)[0])["LSTM"]
@@ -186,7 +193,130 @@ def test_the_caption_states_the_protocol(planned):
     assert "λ = 0" not in caption
     shortened = tables.caption(experiments.load("table1"), plan("table1", "mnist/cpu"))
     assert "epochs instead of 600" in shortened
-    assert "λ = 0 in the first 2 epochs;" in shortened
+    assert "λ = 0 before epoch 3;" in shortened
+    assert "learning rate 0.0005 (falling after epoch 5)," in shortened
+
+
+def adding(tmp_path: Path, errors: dict[str, list[float]], updates: float = 25.0) -> tuple[Experiment, list]:
+    """The adding task's table from runs with these squared errors, row by row."""
+    experiment, planned = experiments.load("adding"), []
+    for one in plan("adding", "adding/paper"):
+        planned.append(dataclasses.replace(one, run=dataclasses.replace(one.run, output=str(tmp_path))))
+    for label, values in errors.items():
+        runs = [one for one in planned if one.row.label == label]
+        for one, error in zip(runs, values, strict=False):
+            facts = {"steps": 50, "solved_at": 1 / 600, "note": "drawn by hand"}
+            finish(one, facts, mse=error, state_updates=updates, inference_flops=1e6)
+    return experiment, planned
+
+
+def test_a_task_is_solved_if_it_is_in_all_runs(tmp_path):
+    errors = {
+        "LSTM": [1e-4, 1.6e-3],
+        "GRU": [1e-4, 1.7e-3],
+        "LSTM (p_skip = 0.5)": [0.1, 0.05],
+        "Skip GRU, λ = 0": [1e-9],
+    }
+    experiment, planned = adding(tmp_path, errors)
+    markdown, _, numbers = publish(planned, experiment)
+    column = {model: (line["Task solved"], line["Task solved (paper)"]) for model, line in cells(markdown).items()}
+    assert column["LSTM"] == ("yes", "yes")
+    assert column["GRU"] == ("50% of runs", "yes")
+    assert column["LSTM (p_skip = 0.5)"] == ("no", "no")
+    assert column["Skip GRU, λ = 1e-5"] == ("–", "yes")
+    judged = numbers.set_index("model").task_solved_verdict
+    assert judged["LSTM"] == judged["LSTM (p_skip = 0.5)"] == "agrees"
+    assert judged["GRU"] == "worse"
+    assert judged["Skip GRU, λ = 0"] == judged["Skip GRU, λ = 1e-5"] == "too few runs"
+    assert "Solved: an MSE below 0.00167. Data: drawn by hand." in markdown
+    assert cells(markdown)["LSTM"]["State updates (%)"] == "50.0 ± 0.0"  # 25 of 50
+
+
+@pytest.mark.parametrize(
+    ("data", "solved_at"), [("adding", 1 / 600), ("adding_sarnn", 1 / 600), ("frequency", 0.99), ("digits", None)]
+)
+def test_the_criterion_is_the_papers(data, solved_at):
+    """A hundredth of the variance 1/6 of a sum of two values that are uniform on a unit interval; over 99 %."""
+    run = experiments.configs.read(compose([f"data={data}"]))
+    assert train.make_data(run).solved_at == pytest.approx(solved_at)
+
+
+def test_accuracy_solves_from_above():
+    record = {"best": {"test": {"accuracy": 0.985}}, "solved_at": 0.99}
+    assert tables.measured(record, "task_solved") == 0
+    record["best"]["test"]["accuracy"] = 0.995
+    assert tables.measured(record, "task_solved") == 1
+
+
+@pytest.mark.parametrize(
+    ("cell", "updates", "published"), [("lstm", 250, 9.52e11), ("gru", 250, 9.51e11), ("skip", 7.6, 2.89e10)]
+)
+def test_flops_with_the_cnn_are_counted_as_published(cell, updates, published):
+    rnn = Recurrent("lstm", "skip", 2048, 512, 2) if cell == "skip" else Recurrent(cell, "always", 2048, 512, 2)
+    test = {"state_updates": updates, "inference_flops": metrics.inference_flops(rnn, updates, 250)}
+    record = {"best": {"test": test}, "input_flops": cnn_flops("resnet50")}
+    assert tables.measured(record, "inference_flops_with_cnn") == pytest.approx(published, rel=2e-3)
+    record["input_flops"] = cnn_flops("made by hand")
+    assert tables.measured(record, "inference_flops_with_cnn") is None
+
+
+# verdicts
+
+
+def test_the_interval_is_welchs():
+    ours, theirs = [0.91, 0.94, 0.97], [0.955, 0.96, 0.97, 0.985]
+    expected = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    spreads = [(pd.Series(values).mean(), pd.Series(values).std(), len(values)) for values in (ours, theirs)]
+    result = tables.compare("accuracy", *spreads)
+    assert (result["low"], result["high"]) == pytest.approx((expected.low, expected.high))
+    assert result["verdict"] == "agrees"
+    # by hand: variances 4/2 + 4/2, degrees of freedom 4² / (2² + 2²) = 2, where t is 4.3027
+    result = tables.compare("state_updates", (30.0, 2.0, 2), (20.0, 2.0, 2))
+    assert result["difference"] == 10
+    assert (result["low"], result["high"]) == pytest.approx((10 - 8.6053, 10 + 8.6053), abs=1e-4)
+    assert result["verdict"] == "worse"
+
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "published", "verdict"),
+    [
+        ("accuracy", (0.99, 0.001, 4), (0.97, 0.001, 4), "better"),
+        ("accuracy", (0.95, 0.001, 4), (0.97, 0.001, 4), "worse"),
+        ("state_updates", (300.0, 1.0, 4), (379.38, 33.09, 4), "better"),
+        ("state_updates", (784.0, 0.0, 2), (784.0, 0.0, 4), "agrees"),
+        ("state_updates", (783.0, 0.0, 2), (784.0, 0.0, 4), "better"),
+        ("accuracy", (0.9, None, 1), (0.9, 0.1, 4), "too few runs"),
+        ("accuracy", (None, None, 0), (0.9, 0.1, 4), "too few runs"),
+        # without a published deviation, by hand: 1 degree of freedom, where t is 12.706, times 0.01 / √2 = ± 0.0898
+        ("accuracy", (0.881, 0.01, 2), (0.79, None, None), "better"),
+        ("accuracy", (0.879, 0.01, 2), (0.79, None, None), "agrees"),
+        # 98.02 would have been published as 98.0
+        ("state_updates_percent", (98.02, 0.001, 4), (98.0, 0.0, 4), "agrees"),
+        ("state_updates_percent", (98.12, 0.001, 4), (98.0, 0.0, 4), "worse"),
+        ("task_solved", (0.5, None, 2), (True, None, None), "worse"),
+        ("task_solved", (0.5, None, 2), (False, None, None), "better"),
+    ],
+)
+def test_verdicts(metric, ours, published, verdict):
+    assert tables.compare(metric, ours, published)["verdict"] == verdict
+
+
+def test_the_verdicts_stand_below_the_table(planned):
+    finish_row(planned, "LSTM", (0.90, 0.92, 0.94, 0.96), (784.0,) * 4, (3.829e7,) * 4)
+    markdown, tex, numbers = publish(planned)
+    lines = [line for line in markdown.split("\n\n")[-2].splitlines() if line.startswith("| LSTM  ")]
+    low, high = (numbers.set_index("model")[f"accuracy_{end}"]["LSTM"] for end in ("low", "high"))
+    (accuracy, updates) = [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+    assert accuracy == f"+0.020 [{low:+.3f}, {high:+.3f}] agrees"
+    assert updates == "+0.00 [+0.00, +0.00] agrees"
+    assert markdown.count("too few runs") == 2 * 5
+    assert tex.count(r"\begin{table}") == 2
+
+
+def test_without_published_numbers_there_is_no_verdict(tmp_path):
+    experiment = experiments.load("digits")
+    planned = plan_of(experiment, [["profile=digits/smoke", "seed=0", f"output={tmp_path}"]])
+    assert "Verdict" not in publish(planned, experiment)[0]
 
 
 # LaTeX
@@ -242,6 +372,35 @@ def test_the_command_prints_and_writes_the_table(planned, tmp_path, capsys):
     assert record["best"]["test"]["state_updates"] == 784.0
 
 
+def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
+    """One machine publishes a seed of each of two rows; another has a third run, and continues the table."""
+    here, there = tmp_path, tmp_path / "elsewhere"
+    command = ["experiment=table1", "profile=mnist/paper", f"publish={tmp_path / 'published'}"]
+    finish_row(planned, "LSTM", (0.90,), (784.0,), (3.829e7,))
+    finish_row(planned, "GRU", (0.95,), (784.0,), (2.8e7,))
+    tables.main([*command, f"output={here}"])
+    elsewhere = [dataclasses.replace(one, run=dataclasses.replace(one.run, output=str(there))) for one in planned]
+    finish(elsewhere[1], accuracy=0.92, state_updates=784.0, inference_flops=3.829e7)  # the LSTM's second seed
+    tables.main([*command, f"output={there}"])
+    table = cells((tmp_path / "published" / "table.md").read_text())
+    assert (table["LSTM"]["Accuracy"], table["LSTM"]["Runs"]) == ("0.910 ± 0.014", "2 / 4")
+    assert table["GRU"]["Runs"] == "1 / 4"
+    assert elsewhere[0].folder.complete, "the sweep would repeat it"
+    assert elsewhere[0].folder.record() == planned[0].folder.record()
+    assert len(list((tmp_path / "published").rglob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": {"seed": 7}}'])
+def test_a_published_record_of_another_run_is_refused(planned, tmp_path, content):
+    file = tmp_path / "published" / "records" / f"{planned[0].run.name}.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    command = ["experiment=table1", "profile=mnist/paper", f"output={tmp_path}", f"publish={tmp_path / 'published'}"]
+    with pytest.raises(SystemExit, match=r"error: .*\.json is corrupt, or the record of another run; delete it"):
+        tables.main(command)
+    assert not planned[0].folder.complete
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -264,7 +423,7 @@ def test_bad_input_gets_one_line(arguments, message):
 
 
 def test_unknown_experiment_is_named():
-    with pytest.raises(ConfigError, match="experiment=table9: there are digits, table1"):
+    with pytest.raises(ConfigError, match=r"experiment=table9: there are .*digits.*table1"):
         experiments.load("table9")
 
 
@@ -278,20 +437,105 @@ def test_rows_of_takes_the_rows_and_leaves_the_published_numbers():
         assert mine.overrides[1:] == theirs.overrides[1:]
 
 
-def data_of(name: str) -> str:
-    """The data set of all rows of an experiment."""
-    chosen = {
-        o.removeprefix("data=") for row in experiments.load(name).rows for o in row.overrides if o.startswith("data=")
-    }
-    assert len(chosen) == 1
-    return chosen.pop()
+# of the papers' tables: the file, and how the file names what the experiment calls otherwise
+PAPERS = {
+    "table1": "skiprnn_mnist.csv",
+    "adding": "skiprnn_adding.csv",
+    "adding500": "sarnn_adding.csv",
+    "frequency": "skiprnn_frequency.csv",
+    "imdb": "skiprnn_imdb.csv",
+    "ucf101": "skiprnn_ucf101.csv",
+}
+POLICIES = {"Skip": "skip", "SA-RNN": "selective", "Random": "random_neurons"}
 
 
-FITTING = [(name, profile) for name in EXPERIMENTS for profile in PROFILES if profile.split("/")[0] == data_of(name)]
+def test_every_table_is_there():
+    assert {experiment.name for experiment in experiments.published()} == set(PAPERS)
+
+
+@pytest.mark.skipif("SKIPRNN_TABLES" not in os.environ, reason="SKIPRNN_TABLES names no folder with the papers' tables")
+@pytest.mark.parametrize(("name", "file"), PAPERS.items())
+def test_rows_and_published_numbers_are_the_papers(name, file):
+    """Row by row: cell, policy, p_skip, λ and length, and every published number."""
+    with Path(os.environ["SKIPRNN_TABLES"], file).open(newline="") as table:
+        expected = [{key: value for key, value in line.items() if value} for line in csv.DictReader(table)]
+    planned = [one for one in plan(name, f"{experiments.load(name).data}/paper") if one.run.seed == 0]
+    planned = [one for one in planned if "not in the paper" not in one.row.label]
+    assert len(planned) == len(expected)
+    for one, line in zip(planned, expected, strict=True):
+        model, given = one.run.model, one.row.published
+        policy = POLICIES.get(line["model"].split()[0], "random_steps" if "p_skip" in line else "always")
+        assert (model.cell, model.policy) == ("lstm" if "LSTM" in line["model"] else "gru", policy)
+        assert model.p_skip == (float(line["p_skip"]) if "p_skip" in line else None)
+        assert model.cost_per_sample == float(line.get("lambda", 0))
+        if "sequence_length" in line:
+            assert train.make_data(one.run).steps == int(line["sequence_length"])
+        stated = {}
+        for key, value in line.items():
+            if key == "task_solved":
+                stated[key] = value == "yes"
+            elif key in ("accuracy", "state_updates"):
+                stated[key] = float(value)
+            elif key.endswith("_mean"):
+                metric, mean, std = key.removesuffix("_mean"), float(value), line.get(key.replace("_mean", "_std"))
+                if metric == "skip_percent":
+                    metric, mean = "state_updates_percent", 100 - mean
+                stated[metric] = [mean, float(std)] if std else mean
+            elif key == "inference_flops":
+                stated["inference_flops_with_cnn" if name == "ucf101" else key] = float(value)
+            elif key == "flops_millions":
+                stated["inference_flops"] = float(value) * 1e6
+        assert given.keys() == stated.keys()
+        for metric, value in stated.items():
+            assert given[metric] == pytest.approx(value, rel=1e-12), (one.row.label, metric)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("adding", {"hidden_size": 110, "num_layers": 1, "dropout": 0}),
+        ("adding500", {"hidden_size": 128, "num_layers": 1, "learn_initial_state": False}),
+        ("frequency", {"hidden_size": 110, "num_layers": 1, "dropout": 0}),
+        ("imdb", {"hidden_size": 128, "num_layers": 1, "embedding_size": 300, "dropout": 0.2}),
+        ("ucf101", {"hidden_size": 512, "num_layers": 2, "dropout": 0}),
+    ],
+)
+def test_models_have_the_published_sizes(name, sizes):
+    for one in plan(name, f"{experiments.load(name).data}/smoke"):
+        assert dataclasses.asdict(one.run.model).items() >= sizes.items()
+
+
+@pytest.mark.parametrize("name", ["adding", "adding500", "frequency", "ucf101"])
+def test_a_smoke_test_of_every_row_ends_in_the_table(name, tmp_path):
+    """From the plan to the table, with smaller models; IMDb's rows differ from the others only in what they read."""
+    make_small_ucf101(tmp_path)
+    data = experiments.load(name).data
+    overrides = [f"experiment={name}", f"data={data}", f"profile={data}/smoke", "model.hidden_size=4", "device=cpu"]
+    overrides += ["training.evaluation_batches=1", f"output={tmp_path}", f"data_root={tmp_path}", "threads=1"]
+    experiment, planned, _ = experiments.requested(overrides)
+    for one in planned:
+        train.train(one.run)
+    markdown, _, numbers = publish(planned, experiment)
+    assert list(numbers.model) == [row.label for row in experiment.rows]
+    assert set(numbers.runs_done) == {1}
+    measured = [f"{metric}_mean" for metric in experiment.columns if metric != "inference_flops_with_cnn"]
+    assert not numbers[measured].isna().any(axis=None)
+    note = "2 of 101 classes, 50 clips, features by random" if name == "ucf101" else "300 new batches an epoch"
+    assert f"Data: {note}." in markdown
+
+
+FITTING = [
+    (name, profile)
+    for name in EXPERIMENTS
+    for profile in PROFILES
+    if profile.split("/")[0] == experiments.load(name).data
+]
 
 
 def test_every_experiment_has_a_profile():
     assert {name for name, _ in FITTING} == set(EXPERIMENTS) >= {"table1", "digits"}
+    tasks = {experiment.data for experiment in experiments.published()}
+    assert set(PROFILES) >= {f"{data}/{profile}" for data in tasks for profile in ("paper", "cpu", "smoke")}
 
 
 @pytest.mark.parametrize(("name", "profile"), FITTING)
@@ -300,7 +544,7 @@ def test_every_row_composes_with_every_profile_that_fits(name, profile):
     protocol = OmegaConf.load(CONF / "profile" / f"{profile}.yaml")
     rows = experiments.selected(experiment, protocol.get("rows"))
     assert [(one.row.label, one.run.seed) for one in planned] == [(r.label, s) for r in rows for s in protocol["seeds"]]
-    assert {one.run.data["name"] for one in planned} == {data_of(name)}
+    assert {one.run.data["name"] for one in planned} == {experiment.data}
     assert {one.run.experiment for one in planned} == {name}
     assert len({one.folder.path for one in planned}) == len(planned)
     if name in ("table1", "digits"):
@@ -380,7 +624,7 @@ def test_what_a_grid_varies_makes_rows_of_its_own(tmp_path):
         for rate in ("training.learning_rate=1e-3", "training.learning_rate=1e-2")
     ]
     planned = experiments.plan(experiment, grid, compose)
-    table = tables.rows(planned)
+    table = tables.rows(experiment, planned)
     assert len(table) == 2 * len(experiment.rows)
     assert list(table["model"][:2]) == ["LSTM, training.learning_rate=1e-3", "LSTM, training.learning_rate=1e-2"]
     assert set(table["runs_planned"]) == {2}

@@ -1,11 +1,10 @@
-"""The picture of used samples, pixel by pixel, and the files that an offline wandb run leaves for `wandb sync`."""
+"""The files that an offline wandb run leaves for `wandb sync`: history, summary, pictures."""
 
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,36 +13,6 @@ from skiprnn.config import ConfigError
 from skiprnn.runs import RunFolder, RunKeeper
 
 BLOCK = 32768  # of a .wandb file, which is a LevelDB log
-
-
-def test_usage_of_images():
-    inputs = np.zeros((2, 6, 1))
-    inputs[1, 5] = 1
-    updates = np.array([[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
-    picture = watch.usage(inputs, updates, image=(2, 3))
-    scale = picture.shape[0] // 3  # two rows and a gap
-    pixels = picture[::scale, ::scale]
-    assert pixels.shape == (3, 8, 3)  # two images side by side, a gap after each
-    dim = 0.35
-    assert pixels[0, 0] == pytest.approx(dim * watch.USED, abs=0.5)
-    assert pixels[0, 1] == pytest.approx(dim * watch.SKIPPED, abs=0.5)
-    assert pixels[1, 6] == pytest.approx(watch.USED, abs=0.5), "bright where there is ink"
-    assert (pixels[:, 3] == 255).all()
-
-
-def test_usage_of_sequences():
-    updates = np.array([[1.0, 0, 1, 0], [0, 0, 0, 1]])
-    picture = watch.usage(np.zeros((2, 4, 2)), updates, lengths=np.array([4, 2]))
-    columns = picture.shape[1] // 5
-    first, second = picture[0, ::columns], picture[picture.shape[0] // 2, ::columns]
-    assert (first[:4] == np.where(updates[0][:, None], watch.USED, watch.SKIPPED)).all()
-    assert (second[:2] == watch.SKIPPED).all()
-    assert (second[2:] == 255).all(), "nothing after the end"
-
-
-def test_usage_of_neurons_is_shaded_by_their_share():
-    picture = watch.usage(np.zeros((1, 1, 1)), np.array([[[1.0, 1, 1, 0]]]))
-    assert picture[0, 0] == pytest.approx(0.75 * watch.USED + 0.25 * watch.SKIPPED, abs=0.5)
 
 
 def read_log(path: Path) -> Iterator[bytes]:

@@ -19,8 +19,8 @@ class Adding(GeneratedData):
         batch_size, seed, root: see SequenceData. Nothing is stored under root.
 
     Attributes:
-        target_variance: of the target, (high - low)^2 / 6: the error of the best constant answer. The task counts as
-            solved when the error on held-out data is 100 times smaller.
+        target_variance: of the target, (high - low)^2 / 6: the error of the best constant answer.
+        solved_at: an error 100 times smaller.
 
     Raises:
         ValueError: an argument out of its range.
@@ -50,6 +50,7 @@ class Adding(GeneratedData):
             raise ValueError(f'markers must be "halves" or "anywhere"; got {markers!r}')
         self.steps, self.low, self.high, self.markers = length, low, high, markers
         self.target_variance = 2 * (high - low) ** 2 / 12
+        self.solved_at = self.target_variance / 100
 
     def draw(self, generator: torch.Generator) -> Batch:
         values = torch.empty(self.batch_size, self.steps).uniform_(self.low, self.high, generator=generator)

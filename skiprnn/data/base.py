@@ -38,6 +38,10 @@ class DataError(RuntimeError):
 class Examples(Protocol):
     """A part of a data set, from which batches are taken."""
 
+    @property
+    def targets(self) -> Tensor:
+        """(N,), see Split."""
+
     def to(self, device: torch.device | str) -> Self:
         """The same examples, whose batches are on a device."""
 
@@ -108,10 +112,12 @@ class SequenceData(ABC):
     input_size: int  # I; for text the model's embedding decides, see vocabulary_size
     vocabulary_size: int | None = None  # distinct token ids; None where the inputs are numbers
     steps: int  # T
-    image: tuple[int, int] | None = None  # rows and columns, where the steps are an image's pixels
     outputs: int  # classes, or 1
     task: str  # "classification" | "regression"
     examples: dict[str, int]  # per split; for generated data, what an epoch draws
+    solved_at: float | None = None  # accuracy above which, squared error below which the task counts as solved
+    input_flops: float | None = 0.0  # multiplications that make the input of a step that is used; None if unknown
+    note: str = ""  # what a table's caption has to say about the data
 
     def __init__(self, batch_size: int = 256, seed: int = 0, root: str = "data", drop_last: bool = False):
         if batch_size < 1:
@@ -208,6 +214,7 @@ class GeneratedData(SequenceData):
         if min(self.batches.values()) < 1:
             raise ValueError(f"every split must have at least one batch; got {self.batches}")
         self.examples = {split: batches * batch_size for split, batches in self.batches.items()}
+        self.note = f"{batches_per_epoch} new batches an epoch"
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> Batch:

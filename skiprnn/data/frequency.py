@@ -28,7 +28,7 @@ class FrequencyDiscrimination(GeneratedData):
         ValueError: an argument out of its range.
     """
 
-    input_size, outputs, task = 1, 2, "classification"
+    input_size, outputs, task, solved_at = 1, 2, "classification", 0.99
 
     def __init__(
         self,

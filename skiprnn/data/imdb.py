@@ -94,6 +94,9 @@ class IMDb(StoredData):
         self.steps, self.vocabulary_size, self.min_count, self.lowercase = length, vocabulary_size, min_count, lowercase
         self.padding, self.mask_padding, self.vectors = padding, mask_padding, vectors
         self.reviews_per_class = reviews_per_class
+        steps = "do not count" if mask_padding else "count as all others"
+        start = "a word2vec file" if vectors else f"U(-{INITIAL_RANGE}, {INITIAL_RANGE})"
+        self.note = f"padded on the {padding}, padded steps {steps}; embeddings start from {start}"
         validation = round(VALIDATION_SHARE * 2 * reviews_per_class)
         self.examples = {
             "train": 2 * reviews_per_class - validation,
