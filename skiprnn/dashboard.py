@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +26,7 @@ import vl_convert
 
 from skiprnn import experiments, tables
 from skiprnn.config import ConfigError, RunConfig
-from skiprnn.experiments import PlannedRun, Row, SavedPlan
+from skiprnn.experiments import Experiment, PlannedRun, Row, SavedPlan
 from skiprnn.runs import MetricsFile, RunFolder, write_atomically
 
 EPOCHS_DRAWN = 60  # of a curve
@@ -45,22 +46,30 @@ def plans(output: Path) -> list[SavedPlan]:
                 continue  # another version's
             if RunFolder(run).path == file.parent:
                 single.append(PlannedRun(Row(run.row), run, ()))
-    saved += [SavedPlan("single runs", "", tuple(single))] if single else []
+    saved += [SavedPlan(Experiment("", "single runs", "", ()), "", tuple(single))] if single else []
     apart = []
     for plan in saved:
-        for name in dict.fromkeys(one.run.data["name"] for one in plan.planned):
+        names = dict.fromkeys(one.run.data["name"] for one in plan.planned)
+        for name in names:
             runs = tuple(one for one in plan.planned if one.run.data["name"] == name)
-            title = plan.title if len(runs) == len(plan.planned) and plan.title != "single runs" else f"{plan.title}: {name}"
-            apart.append(SavedPlan(title, plan.command, runs))
+            title = f"{plan.experiment.title} ({name})" if len(names) > 1 else plan.experiment.title
+            apart.append(SavedPlan(replace(plan.experiment, title=title), plan.command, runs))
     return apart
 
 
 def view(plan: SavedPlan) -> dict[str, Any]:
     """What the page shows of a sweep over one data set: numbers and texts only."""
-    numbers = tables.rows(plan.planned)
-    text = tables.layout(numbers)
-    score = "mse" if "mse_mean" in numbers else "accuracy"
-    rows, pictures, unfinished = [], [], []
+    experiment = plan.experiment
+    record = next((one.folder.record() for one in plan.planned if one.folder.complete), None)
+    if not experiment.name and record and "mse" in record["best"]["test"]:
+        experiment = replace(experiment, columns=("mse", *experiment.columns[1:]))
+    numbers = tables.rows(experiment, plan.planned)
+    text, verdicts = tables.layout(experiment, numbers), tables.verdicts(experiment, numbers)
+    score = "mse" if "mse" in experiment.columns else "accuracy"
+    updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
+    rows: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []
     for index, (_, group) in enumerate(groupby(plan.planned, lambda one: one.row.label)):
         runs = list(group)
         model, line = runs[0].run.model, numbers.iloc[index]
@@ -78,25 +87,25 @@ def view(plan: SavedPlan) -> dict[str, Any]:
                 "lambda": f"{model.cost_per_sample:g}" if model.policy in ("skip", "selective") else "none",
                 "epochs": [sum(epochs), sum(one.run.training.epochs for one in runs)],
                 "score": spread(line, score),
-                "updates": spread(line, "state_updates"),
-                "paper": [spread(line, f"published_{score}"), spread(line, "published_state_updates")],
+                "updates": spread(line, updates),
+                "paper": [spread(line, f"published_{score}"), spread(line, f"published_{updates}")],
                 "curve": curve([one.folder.path / MetricsFile.NAME for one in runs], f"validation/{score}"),
             }
         )
     states = [one["state"] for one in unfinished]
     return {
-        "title": plan.title,
+        "title": experiment.title,
         "command": plan.command,
         "note": plan.planned[0].run.profile.get("note", ""),
-        "score": {"mse": "mean squared error"}.get(score, score),
-        "columns": list(text.columns),
-        "cells": text.to_numpy().tolist(),
+        "score": tables.METRICS[score].heading,
+        "updates": tables.METRICS[updates].heading,
+        "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in (text, verdicts)],
         "rows": rows,
         "pictures": pictures,
         "runs": {"planned": len(plan.planned), "complete": len(plan.planned) - len(states)}
         | {state: states.count(state) for state in ("begun", "failed", "waiting")},
         "epochs": [sum(row["epochs"][k] for row in rows) for k in (0, 1)],
-        "unfinished": sorted((one for one in unfinished if one["state"] != "waiting"), key=lambda one: one["state"] != "failed"),
+        "unfinished": [one for state in ("failed", "begun") for one in unfinished if one["state"] == state],
     }
 
 
@@ -108,7 +117,8 @@ def progress(one: PlannedRun, epochs: int) -> dict[str, Any]:
     if folder.failure_file.exists():
         state, reason = "failed", json.loads(folder.failure_file.read_text())["error"]
     moved = datetime.fromtimestamp(metrics_file.stat().st_mtime).strftime("%d %b %H:%M") if epochs else ""
-    return {"name": one.run.name, "state": state, "epochs": [epochs, one.run.training.epochs], "moved": moved, "reason": reason}
+    planned = one.run.training.epochs
+    return {"name": one.run.name, "state": state, "epochs": [epochs, planned], "moved": moved, "reason": reason}
 
 
 def spread(line: pd.Series, metric: str) -> list[float] | None:
@@ -151,11 +161,11 @@ def page(output: Path) -> str:
     )
     return environment.get_template("dashboard.html").render(
         views=views,
-        charts=[{"score": one["score"], "rows": one["rows"]} for one in views],
+        charts=[{key: one[key] for key in ("score", "updates", "rows")} for one in views],
         output=str(output),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         most=UNFINISHED,
-        vega=vl_convert.javascript_bundle().replace("</script", r"<\/script"),
+        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace("</script", r"<\/script"),
     )
 
 
@@ -173,10 +183,12 @@ def workspace(entity: str, project: str) -> Any:
     scores = {"accuracy": "accuracy", "mse": "mean squared error"}
     updates = panels.SummaryMetric("test/state_updates")
     tradeoff: list[Any] = [
-        panels.ScatterPlot(title=f"Test {title} against state updates", x=updates, y=panels.SummaryMetric(f"test/{score}"))
-        for score, title in scores.items()
+        panels.ScatterPlot(
+            title=f"Test {title} against state updates", x=updates, y=panels.SummaryMetric(f"test/{key}")
+        )
+        for key, title in scores.items()
     ]
-    tradeoff.append(panels.ScatterPlot(title="State updates against λ", x=panels.Config("lambda"), y=updates, log_x=True))
+    tradeoff += [panels.ScatterPlot(title="State updates against λ", x=panels.Config("lambda"), y=updates, log_x=True)]
     learning: list[Any] = [
         panels.LinePlot(title=f"Validation {title}", x="epoch", y=[f"validation/{key}"], groupby_rangefunc="minmax")
         for key, title in (scores | {"state_updates": "state updates", "loss": "loss"}).items()
@@ -192,7 +204,7 @@ def workspace(entity: str, project: str) -> Any:
         ],
         settings=workspaces.WorkspaceSettings(x_axis="epoch", max_runs=100),
         runset_settings=workspaces.RunsetSettings(
-            groupby=[workspaces.expr.Metric("Group")] if hasattr(workspaces, "expr") else [],
+            groupby=[workspaces.Metric("Group")],
             pinned_columns=[
                 *("config:lambda", "config:p_skip", "config:seed"),
                 *("summary:test/accuracy", "summary:test/mse", "summary:test/state_updates", "summary:best_epoch"),
@@ -207,12 +219,15 @@ def save_workspace(target: str) -> str:
     Raises:
         ConfigError: no library, no key, no such project, or no server.
     """
-    import wandb
+    import wandb  # here, for it is slow to import and seldom wanted
 
-    if not wandb.login(prompt=False):
-        raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
     *entity, project = target.split("/")
-    return workspace(entity[0] if entity else wandb.Api().default_entity, project).save().url
+    try:
+        if not wandb.login(prompt=False):
+            raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
+        return workspace(entity[0] if entity else wandb.Api().default_entity or "", project).save().url
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--wandb {target}: {str(error).splitlines()[0]}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,8 @@ class _Reader:
                     raise ConfigError(f"no {key} in {group}")
                 section = OmegaConf.create(getattr(run, group))
                 OmegaConf.update(section, key, value.value())
-                run = replace(run, **{group: OmegaConf.to_object(section)})
+                changed: dict[str, Any] = {group: OmegaConf.to_object(section)}
+                run = replace(run, **changed)
         except (OmegaConfBaseException, ConfigError):
             return configs.read(self.compose(list(overrides)))
         return run
@@ -215,13 +216,14 @@ class _Reader:
 class SavedPlan:
     """What a sweep planned, as it is kept in OUTPUT/sweeps/ for whoever watches."""
 
-    title: str
+    experiment: Experiment  # its rows are the planned ones; of a plain grid, the title is the command
     command: str  # the overrides, as typed
     planned: tuple[PlannedRun, ...]
 
 
-def save_plan(title: str, command: str, planned: Sequence[PlannedRun]) -> None:
+def save_plan(experiment: Experiment | None, command: str, planned: Sequence[PlannedRun]) -> None:
     """Keep a sweep's plan; the same runs, planned again, replace it. A row's runs differ in the seed alone."""
+    experiment = experiment or Experiment("", command, "", ())
     rows: dict[str, dict[str, Any]] = {}
     for one in planned:
         identity = one.run.identity
@@ -233,7 +235,12 @@ def save_plan(title: str, command: str, planned: Sequence[PlannedRun]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output={planned[0].run.output}: cannot write {folder}: {error.strerror}") from None
-    content = {"title": title, "command": command, "profile": planned[0].run.profile, "rows": list(rows.values())}
+    content = {
+        "experiment": asdict(replace(experiment, rows=())),
+        "command": command,
+        "profile": planned[0].run.profile,
+        "rows": list(rows.values()),
+    }
     digest = hashlib.sha256(" ".join(one.run.name for one in planned).encode()).hexdigest()[:8]
     write_atomically(folder / f"{digest}.json", json.dumps(content).encode())
 
@@ -250,7 +257,7 @@ def saved_plans(output: Path) -> list[SavedPlan]:
             for row in [Row(entry["label"], published=entry["published"])]
             for seed in entry["seeds"]
         ]
-        plans.append(SavedPlan(content["title"], content["command"], tuple(planned)))
+        plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
     return plans
 
 

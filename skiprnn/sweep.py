@@ -50,7 +50,7 @@ def run(
         experiment = experiments.load(name) if name else None
         planned = experiments.plan(experiment, grid, compose)
         todo = [one for one in planned if not one.folder.complete]
-        experiments.save_plan(experiment.title if experiment else command, command, planned)
+        experiments.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, workers, here)
         todo.sort(key=lambda one: -seconds.get(kind_of(one), 0))  # the longest first: none is left alone at the end
@@ -145,7 +145,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers
     output = planned[0].run.output
     console.print(
         f"{len(todo)} of {len(planned)} runs to do{at_once if todo else ''}{estimate}; run folders in {output}/. "
-        f"Interrupted, the same command continues; python -m skiprnn.dashboard output={output} shows how far it is.",
+        f"Interrupted, the same command continues; python -m skiprnn.dashboard {output} shows how far it is.",
         soft_wrap=True,
     )
     return measured

@@ -152,12 +152,14 @@ def train(run: RunConfig) -> dict[str, Any]:
         trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        folder.finish(make_record(run, folder, module, trainer, keeper))
+        record = make_record(run, folder, module, trainer, keeper)
+        watch.summarise(trainer.loggers, record)
+        folder.finish(record)
     except USER_ERRORS as error:
         folder.fail(error)
         raise
     finally:
-        watch.close_page(folder.record() if folder.complete else None)
+        watch.close_page(folder.complete)
         lock.release()
     return folder.record()
 

@@ -28,10 +28,10 @@ if not torch.cuda.is_available():  # before Triton is imported: then the GPU eng
 torch.set_num_threads(1)  # bit-for-bit comparisons with subprocesses, which get threads=1
 
 
-def compose(overrides: list[str]):
+def compose(overrides: list[str], **options):
     """The Hydra config of a list of overrides."""
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        return hydra.compose("config", overrides)
+        return hydra.compose("config", overrides, **options)
 
 
 @pytest.fixture

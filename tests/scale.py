@@ -47,7 +47,7 @@ def finish(one: PlannedRun, epochs: int = EPOCHS) -> None:
             writer.writerow([epoch, 1e-3, 1 - a, a, u, 1 - a, a, u, 1234.5, 1.5])
     folder.last.touch()
     if epochs == EPOCHS:
-        test = {"loss": 0.1, "accuracy": accuracy[-1], "state_updates": updates[-1], "inference_flops": 1e5 * updates[-1]}
+        test = {"accuracy": accuracy[-1], "state_updates": updates[-1], "inference_flops": 1e5 * updates[-1]}
         best = {"epoch": epochs - 1, "train": test, "validation": test, "test": test}
         folder.finish({"name": one.run.name, "config": one.run.identity, "best": best, "final": best})
 
@@ -79,9 +79,10 @@ def main(runs: int) -> None:
             assert sum(one.folder.complete for one in planned) == len(planned)
             assert sum(one.folder.epochs_done() for one in planned) == EPOCHS * len(planned)
         with told("note the plan for who watches"):
-            experiments.save_plan("scale", "", planned)
+            experiments.save_plan(None, "scale", planned)
         with told("table: " + str(len({one.row.label for one in planned})) + " rows"):
-            tables.layout(tables.rows(planned))
+            experiment = experiments.Experiment("", "", "", ())
+            tables.layout(experiment, tables.rows(experiment, planned))
         with told("page"):
             html = dashboard.page(Path(folder))
         print(f"the page has {len(html) / 1e6:.1f} MB")

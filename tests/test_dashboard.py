@@ -12,6 +12,7 @@ from PIL import Image
 
 from skiprnn import dashboard, experiments
 from skiprnn.config import ConfigError
+from skiprnn.experiments import Experiment
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -21,7 +22,7 @@ def output(tmp_path_factory):
     """A sweep of 40 runs, 37 complete, one halfway, one failed, one not begun; and a run that no sweep planned."""
     output = tmp_path_factory.mktemp("output")
     planned = scale.plan(scale.grid(output, 40))
-    experiments.save_plan("Many runs", "model=...", planned)
+    experiments.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
     for number, one in enumerate(planned[:-1]):
         scale.finish(one, 13 if number < 2 else scale.EPOCHS)
     planned[0].folder.fail(RuntimeError("lost <everything>"))
@@ -45,7 +46,7 @@ def charts(html: str) -> list[dict]:
 
 def test_page_says_how_far_each_sweep_is(html):
     titles = re.findall(r"<h2>(\w.*?)</h2>", html)
-    assert titles == ["Many runs: digits", "Many runs: mnist", "single runs: adding"]
+    assert titles == ["Many runs (digits)", "Many runs (mnist)", "single runs"]
     assert "20 runs: 18 complete, 1 begun, 1 failed, 0 waiting" in html
     assert f"{18 * scale.EPOCHS + 2 * 13} of {20 * scale.EPOCHS} epochs" in html
     assert "20 runs: 19 complete, 0 begun, 0 failed, 1 waiting" in html
@@ -64,7 +65,7 @@ def test_page_shows_means_over_seeds_and_curves(html, output):
     assert epoch == scale.EPOCHS
     assert (least, largest) == pytest.approx((min(accuracies), max(accuracies)), rel=1e-4)
     assert mean == pytest.approx(sum(accuracies) / 5, rel=1e-4)
-    assert adding["score"] == "mean squared error"
+    assert adding["score"] == "MSE"
     assert adding["rows"][0]["score"] == [0.25, 0.0]
 
 
@@ -132,7 +133,7 @@ def wandb_library():
 def test_workspace_has_the_views(wandb_library):
     workspace = dashboard.workspace("someone", "skiprnn")
     spec = json.dumps(workspace._to_model().model_dump(mode="json"))
-    assert [section.name for section in workspace.sections] == ["Accuracy against computation", "Learning", "Used samples"]
+    assert [len(section.panels) for section in workspace.sections] == [3, 4, 1]
     for key in ("test/accuracy", "test/state_updates", "validation/accuracy", "usage", "lambda"):
         assert key in spec
 
