@@ -184,14 +184,15 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
         "markersize": 3,
     }
     axes.errorbar(x, y, y_error, x_error, label=CURVES[policy], **style)
-    random = policy.startswith("random")
+    across = 3 if policy.startswith("random") else -3  # to the side where a curve that rises, or an error that falls,
+    up = -6 if (across > 0) == (rows[0].score == "accuracy") else 3  # leaves room
     for x_mean, y_mean, (_, budget) in zip(x, y, points, strict=True):
         axes.annotate(
             budget.rpartition(" ")[2],
             (x_mean, y_mean),
-            (3, -6) if random else (-3, 3),  # where a curve that rises leaves room
+            (across, up),
             textcoords="offset points",
-            ha="left" if random else "right",
+            ha="left" if across > 0 else "right",
             fontsize=5,
         )
 
