@@ -102,10 +102,12 @@ def published() -> list[Experiment]:
 def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
     """What a command line asks for: the experiment if it names one, the runs that a sweep over it has, publish=FOLDER.
 
+    How the sweep would be launched (hydra/...) is of no matter.
+
     Raises:
         ConfigError: an override that cannot work, an unknown experiment.
     """
-    overrides = [argument for argument in arguments if not argument.startswith("publish=")]
+    overrides = [argument for argument in arguments if not argument.startswith(("publish=", "hydra/", "hydra."))]
     folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
 
     def compose(given: Sequence[str]) -> DictConfig:

@@ -95,21 +95,25 @@ class Row:
         values = np.array([record["best"]["test"][metric] for record in self.records])
         return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
-    def epochs(self, metric: str) -> np.ndarray:
-        """A validation metric, (runs, epochs).
-
-        Raises:
-            ConfigError: a run has no metrics.csv.
-        """
-        missing = [run.path for run in self.runs if not (run.path / MetricsFile.NAME).exists()]
-        if missing:
-            raise ConfigError(f"{missing[0]} has no {MetricsFile.NAME}: train with logger=[csv]")
-        return np.stack([pd.read_csv(run.path / MetricsFile.NAME)[f"validation/{metric}"] for run in self.runs])
+    def epochs(self, metric: str) -> np.ndarray | None:
+        """A validation metric, (runs, epochs), of the runs that have metrics.csv and not the record alone."""
+        files = [file for run in self.runs if (file := run.path / MetricsFile.NAME).exists()]
+        return np.stack([pd.read_csv(file)[f"validation/{metric}"] for file in files]) if files else None
 
     def best(self) -> RunFolder:
-        """The run with the best validation score."""
-        scores = [record["best"]["validation"][self.score] for record in self.records]
-        return self.runs[scores.index(min(scores) if self.score == "mse" else max(scores))]
+        """The run with the best validation score, of those that have their checkpoint.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        scores = [
+            (record["best"]["validation"][self.score], number)
+            for number, (run, record) in enumerate(zip(self.runs, self.records, strict=True))
+            if run.best.exists()
+        ]
+        if not scores:
+            raise ConfigError(f"{self.runs[0].path}: the record is here, the checkpoint is not")
+        return self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
 
 
 def complete(planned: Sequence[PlannedRun]) -> list[Row]:
@@ -184,27 +188,36 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
         "markersize": 3,
     }
     axes.errorbar(x, y, y_error, x_error, label=CURVES[policy], **style)
-    random = policy.startswith("random")
+    across = 3 if policy.startswith("random") else -3  # to the side where a curve that rises, or an error that falls,
+    up = -6 if (across > 0) == (rows[0].score == "accuracy") else 3  # leaves room
     for x_mean, y_mean, (_, budget) in zip(x, y, points, strict=True):
         axes.annotate(
             budget.rpartition(" ")[2],
             (x_mean, y_mean),
-            (3, -6) if random else (-3, 3),  # where a curve that rises leaves room
+            (across, up),
             textcoords="offset points",
-            ha="left" if random else "right",
+            ha="left" if across > 0 else "right",
             fontsize=5,
         )
 
 
 @matplotlib.rc_context(STYLE)
 def curves(rows: Sequence[Row]) -> Figure:
-    """Validation score and state updates by epoch: mean, and the range over the seeds."""
+    """Validation score and state updates by epoch: mean, and the range over the seeds.
+
+    Raises:
+        ConfigError: no run has its metrics.csv.
+    """
+    rows = [row for row in rows if row.epochs("state_updates") is not None]
+    if not rows:
+        raise ConfigError(f"the records are here, {MetricsFile.NAME} is not: train with logger=[csv]")
     figure = Figure((WIDTH, 3.2 + 0.09 * len(rows)))
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
     for row, colour in zip(rows, shades(rows), strict=True):
         for axes, metric in ((upper, score), (lower, "state_updates")):
             values = row.epochs(metric)
+            assert values is not None
             epochs = np.arange(1, values.shape[1] + 1)
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
             few = ".-" if len(epochs) < 5 else "-"

@@ -6,7 +6,6 @@ Shapes: T steps, I input, H neurons of all layers, C outputs.
 
 import html
 import itertools
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,10 +26,8 @@ from matplotlib.textpath import TextPath
 from skiprnn.config import ConfigError
 from skiprnn.data.adding import Adding
 from skiprnn.data.base import MIRROR, SequenceData, Split, StoredData
-from skiprnn.data.digits import SequentialDigits
 from skiprnn.data.frequency import FrequencyDiscrimination
 from skiprnn.data.imdb import CLASSES, PADDING, IMDb
-from skiprnn.data.mnist import SequentialMNIST
 from skiprnn.data.ucf101 import UCF101
 from skiprnn.data.ucf101.extract import sample_frames
 from skiprnn.data.ucf101.store import FPS
@@ -40,7 +37,6 @@ from skiprnn.module import SequenceModule
 WIDTH = 3.3  # inches, a column
 USED, SKIPPED = "#b2182b", "#2166ac"  # the papers' red and blue, in shades that the colour-blind tell apart
 PADDING_SHADE = 0.4  # of red and blue over padded frames
-DIGITS = "0123456789"
 STYLE: Any = {  # of matplotlib's rcParams
     "font.size": 7,
     "axes.titlesize": 6,
@@ -104,12 +100,18 @@ def usage(module: SequenceModule) -> Figure:
     """What a Skip RNN reads of a few test sequences.
 
     Raises:
-        ConfigError: DRAWN does not say how to draw these data.
+        ConfigError: nobody has said how to draw data of this kind.
     """
-    for kind, draw in DRAWN.items():
-        if isinstance(module.data, kind):
-            return draw(module)
-    raise ConfigError(f"{type(module.data).__name__} has no picture yet: add one to skiprnn.usage.DRAWN")
+    data = module.data
+    if isinstance(data, IMDb):
+        return words(module)
+    if isinstance(data, UCF101):
+        return frames(module)
+    if data.image:
+        return images(module)
+    if data.input_size <= 2:
+        return samples(module)
+    raise ConfigError(f"there is no picture of {type(data).__name__} yet: write one in skiprnn/usage.py")
 
 
 def _legend(figure: Figure, *more: Line2D) -> None:
@@ -130,14 +132,14 @@ def _outcome(example: Example, names: Sequence[str]) -> str:
 
 def images(module: SequenceModule) -> Figure:
     """An image of every class: ink light, used pixels red, skipped ones blue ([SKIP] figure 3)."""
-    shown = examples(module, 10)
-    side = math.isqrt(module.data.steps)
+    shown, names = examples(module, 10), [str(number) for number in range(module.data.outputs)]
+    assert module.data.image
     figure = Figure((WIDTH, 1.85))
     for axes, example in zip(figure.subplots(2, 5).flat, shown, strict=True):
         ink = 0.75 * example.inputs[:, :1] / max(example.inputs.max(), 1e-9)  # not quite white: its colour shows too
         colours = np.where(example.updates[:, None], _rgb(USED), _rgb(SKIPPED))
-        axes.imshow((colours * (1 - ink) + ink).reshape(side, side, 3), interpolation="nearest")
-        axes.set_title(f"{_outcome(example, DIGITS)}\n{100 * example.updates.mean():.0f} % used", fontsize=5.5, pad=2)
+        axes.imshow((colours * (1 - ink) + ink).reshape(*module.data.image, 3), interpolation="nearest")
+        axes.set_title(f"{_outcome(example, names)}\n{100 * example.updates.mean():.0f} % used", fontsize=5.5, pad=2)
         axes.set_axis_off()
     _legend(figure)
     return figure
@@ -172,6 +174,8 @@ def _samples(axes: Axes, data: SequenceData, example: Example) -> None:
         low, high = data.target
         inside = f"in {low:g}–{high:g} ms"
         title = f"period {_outcome(example, (inside, f'not {inside}'))}"
+    else:
+        title = f"{example.target:g}, predicted {example.prediction:g}"
     axes.set_title(f"{title}; {example.counted:.0f} of {data.steps} used", loc="left", pad=3)
 
 
@@ -330,16 +334,6 @@ def _video(data: UCF101, name: str) -> Path | None:
 
 def _rgb(colour: str) -> np.ndarray:
     return np.array(to_rgb(colour))
-
-
-DRAWN: dict[type[SequenceData], Callable[[SequenceModule], Figure]] = {
-    SequentialMNIST: images,
-    SequentialDigits: images,
-    Adding: samples,
-    FrequencyDiscrimination: samples,
-    IMDb: words,
-    UCF101: frames,
-}
 
 
 # --- neuron policies ---
