@@ -21,12 +21,17 @@ class ExperimentSweeper(BasicSweeper):
         assert self.hydra_context is not None
         assert self.launcher is not None
         assert self.config is not None
-        loader, master = self.hydra_context.config_loader, self.config
+        loader, master, launcher = self.hydra_context.config_loader, self.config, self.launcher
 
         def compose(overrides: Sequence[str]) -> Any:
             return loader.load_sweep_config(master, list(overrides))
 
+        def launch(jobs: list[list[str]]) -> list[Any]:
+            size = self.max_batch_size or len(jobs)
+            return [one for k in range(0, len(jobs), size) for one in launcher.launch(jobs[k : k + size], k)]
+
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         grid = self.split_arguments(parsed, None)[0]
-        workers = effective_n_jobs(master.hydra.launcher.get("n_jobs", 1))
-        return sweep.run(grid, compose, lambda jobs: self.launcher.launch(jobs, 0), workers)
+        settings = master.hydra.launcher
+        workers = settings.get("slurm_array_parallelism") or effective_n_jobs(settings.get("n_jobs", 1))
+        return sweep.run(grid, compose, launch, workers, " ".join(arguments), here=settings.get("cluster") != "slurm")

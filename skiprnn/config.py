@@ -65,6 +65,7 @@ class TrainingConfig:
     learning_rate: float  # Adam, β = (0.9, 0.999), ε = 1e-8
     gradient_clip: float = 1.0  # largest global norm of the gradient
     cost_free_epochs: int = 0  # λ counts as 0 in so many epochs at the start; 0 as published
+    decay_epochs: int = 0  # the learning rate falls in equal steps in so many epochs at the end; 0 as published
     train_batches: int | None = None  # of each epoch; None: all
     evaluation_batches: int | None = None  # of validation and test; None: all
 
@@ -75,6 +76,10 @@ class TrainingConfig:
         _require(
             0 <= self.cost_free_epochs < self.epochs,
             f"training.cost_free_epochs={self.cost_free_epochs}: must be at least 0 and below epochs={self.epochs}",
+        )
+        _require(
+            0 <= self.decay_epochs <= self.epochs,
+            f"training.decay_epochs={self.decay_epochs}: must be at least 0 and at most epochs={self.epochs}",
         )
 
 
@@ -99,6 +104,19 @@ class RunConfig:
         _require(self.engine in ("auto", *ENGINES), f"engine={self.engine}: there are auto, {', '.join(ENGINES)}")
         _require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: there are auto, cpu, cuda")
         _require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be at least 1")
+
+    @classmethod
+    def of(cls, identity: dict[str, Any], **settings: Any) -> "RunConfig":
+        """The run of an `identity`, as run folders and records hold it.
+
+        Raises:
+            ConfigError: another version's.
+        """
+        try:
+            model, training = ModelConfig(**identity["model"]), TrainingConfig(**identity["training"])
+            return cls(identity["data"], model, training, identity["seed"], **settings)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"a run of another version of skiprnn: {error}") from None
 
     @property
     def identity(self) -> dict[str, Any]:

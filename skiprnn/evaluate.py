@@ -1,61 +1,226 @@
-"""A checkpoint -> its metrics on validation or test data.
+"""A checkpoint measured here, beside the same network without skipping; or many of them, compared with their records.
 
-python -m skiprnn.evaluate outputs/mnist/skip_lstm_lambda0.0001/seed0_3f2a9c1b/best.ckpt
+    python -m skiprnn.evaluate checkpoint=outputs/mnist/skip_lstm_lambda0.0001/seed0_3f2a9c1b/best.ckpt
+    python -m skiprnn.evaluate verify='results/*/checkpoints/mnist'
+
+`checkpoint` is a run's best.ckpt or last.ckpt, or a published .safetensors. Without skipping is the same cell with the
+same weights, updating at every step: what skipping saves, and what it is worth to this network.
 """
 
-import argparse
+import copy
+import glob
+import itertools
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from yaml import YAMLError
 
-from skiprnn import config, metrics
-from skiprnn.module import stage_seed
-from skiprnn.runs import load_weights, read_checkpoint
-from skiprnn.train import USER_ERRORS, device_of, make_module
+from skiprnn import config, metrics, pretrained
+from skiprnn.bench import alternate
+from skiprnn.config import ConfigError
+from skiprnn.data.base import Batch, SequenceData
+from skiprnn.module import Network, SequenceModule, stage_seed
+from skiprnn.policies import Always
+from skiprnn.runs import load_weights, provenance, read_checkpoint
+from skiprnn.train import USER_ERRORS, device_of, engine_of, make_module, prepare_process, quieten
+
+MESSAGES = Console(stderr=True)  # progress
+BATCHES = (1, 256)  # sequences at a time, of which the time is measured
+SINGLE = 8  # sequences that are timed one by one
+TOLERANCE = {"accuracy": 0.005, "mse": 2e-4, "state_updates": 0.01}  # between devices; of the updates, relative
 
 
-def evaluate(path: Path, split: str = "test", data_root: str = "data", device: str = "auto") -> dict[str, float]:
-    """Metrics of a checkpoint on a whole split, weighted by examples; `inference_flops` per sequence.
+@dataclass
+class Settings:
+    """The command line."""
+
+    checkpoint: str | None = None  # a file
+    verify: str | None = None  # folders of published checkpoints, * for any
+    split: str = "test"  # or validation
+    data_root: str = "data"
+    device: str = "auto"
+    engine: str = "auto"
+    threads: int | None = None
+    repetitions: int = 7  # of every measurement of time, the median counts
+
+    def __post_init__(self):
+        if (self.checkpoint is None) == (self.verify is None):
+            raise ConfigError("checkpoint=FILE is missing, or verify='FOLDER': what is to be evaluated?")
+        if self.split not in ("validation", "test"):
+            raise ConfigError(f"split={self.split}: there are validation, test")
+        if self.repetitions < 1:
+            raise ConfigError(f"repetitions={self.repetitions}: must be at least 1")
+
+    @property
+    def place(self) -> dict[str, str | int | None]:
+        """Where and how it is computed, no part of what a checkpoint is."""
+        return {key: getattr(self, key) for key in ("data_root", "device", "engine", "threads")}
+
+
+def load(path: Path, **place) -> SequenceModule:
+    """The trained network of a checkpoint, in evaluation mode, with its data in memory.
+
+    Args:
+        path: a .ckpt or a published .safetensors.
+        place: data_root, device, engine, threads; as in a run's config.
 
     Raises:
         ConfigError, DataError: no such checkpoint, one of another architecture, or data that is missing.
     """
     checkpoint = read_checkpoint(path)
-    settings = checkpoint["run"] | {"data_root": data_root, "device": device}
-    run = config.read(OmegaConf.create(settings))
+    run = config.read(OmegaConf.create(checkpoint["run"] | place))
+    prepare_process(run)
     module = make_module(run, device_of(run)).to(device_of(run)).eval()
     load_weights(module, checkpoint, path)
+    return module
+
+
+@torch.no_grad()
+def evaluate(
+    module: SequenceModule, split: str = "test", network: Network | None = None, batches: int | None = None
+) -> dict[str, float]:
+    """Metrics on a split, weighted by examples, as in a run's record; `inference_flops` per sequence.
+
+    Args:
+        module: as from `load`.
+        split: "validation" or "test".
+        network: in place of the module's.
+        batches: so many of the split; None: all.
+    """
+    network = network or module.network
     sums = metrics.EpochSums(module.data.task, module.device)
-    torch.manual_seed(stage_seed(run.seed, split, 0))
-    with torch.no_grad():
-        for inputs, targets, lengths in module.data.evaluation_batches(split):
-            prediction, updates = module.network(inputs, lengths)
-            counts = metrics.state_updates(updates)
-            losses = metrics.task_loss(module.data.task, prediction, targets)
-            scores = metrics.score(module.data.task, prediction, targets)
-            sums.add(losses, scores, counts, run.model.cost_per_sample * counts)
+    torch.manual_seed(stage_seed(module.seed, split, 0))
+    loader = module.data.evaluation_batches(split)
+    count = min(len(loader), batches or len(loader))
+    for inputs, targets, lengths in track(islice(loader, count), split, count, transient=True, console=MESSAGES):
+        prediction, updates = network(inputs, lengths)
+        counts = metrics.state_updates(updates)
+        losses = metrics.task_loss(module.data.task, prediction, targets)
+        scores = metrics.score(module.data.task, prediction, targets)
+        sums.add(losses, scores, counts, module.model.cost_per_sample * counts)
     results = sums.results()
-    flops = metrics.inference_flops(module.network.rnn, results["state_updates"], module.data.steps)
+    flops = metrics.inference_flops(network.rnn, results["state_updates"], module.data.steps)
     return results | {"inference_flops": flops}
 
 
-def main() -> None:
-    """Print a checkpoint's metrics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--split", choices=["validation", "test"], default="test")
-    parser.add_argument("--data-root", default="data")
-    parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
+def without_skipping(network: Network) -> Network:
+    """The same cells and weights, updating at every step."""
+    twin = copy.deepcopy(network)
+    twin.rnn.policy = Always()
+    return twin
+
+
+def seconds_per_sequence(
+    networks: dict[str, Network], data: SequenceData, split: str, batch: int, repetitions: int
+) -> dict[str, float]:
+    """Seconds that each network takes for a sequence of the data; medians of alternating repetitions.
+
+    Args:
+        networks: to be compared, by name.
+        data, split: where the sequences come from.
+        batch: sequences at a time. One at a time, SINGLE of them are timed together; a split smaller than the batch
+            makes one batch.
+        repetitions: of every measurement.
+    """
+    batches: list[Batch] = []
+    count = max(batch, SINGLE)
+    for taken in data.evaluation_batches(split):
+        batches.append(taken)
+        if sum(len(targets) for _, targets, _ in batches) >= count:
+            break
+    inputs = torch.cat([x for x, _, _ in batches])[:count]
+    valid = [lengths for _, _, lengths in batches if lengths is not None]
+    lengths = torch.cat(valid)[:count].split(batch) if valid else itertools.repeat(None)
+    chunks = list(zip(inputs.split(batch), lengths, strict=False))
+
+    @torch.no_grad()
+    def forward(network: Network) -> None:
+        for x, valid_steps in chunks:
+            network(x, valid_steps)[0].sum().item()  # waits for the device
+
+    times = alternate({name: partial(forward, network) for name, network in networks.items()}, repetitions)
+    return {name: seconds / len(inputs) for name, seconds in times.items()}
+
+
+def compare(path: Path, settings: Settings) -> None:
+    """Print metrics and times of a checkpoint beside those of the same network without skipping."""
+    module = load(path, **settings.place)
+    networks = {"as trained": module.network, "without skipping": without_skipping(module.network)}
+    measured = [evaluate(module, settings.split, network) for network in networks.values()]
+    score = metrics.SCORES[module.data.task]
+    table = Table("", *networks, "ratio")
+    for name, key, form in [
+        (score, score, ".4f" if score == "accuracy" else ".3e"),
+        ("state updates", "state_updates", ".2f"),
+        ("inference FLOPs", "inference_flops", ".3e"),
+    ]:
+        values = [results[key] for results in measured]
+        table.add_row(name, *(f"{value:{form}}" for value in values), "" if key == score else _ratio(values))
+    for batch in BATCHES:
+        times = seconds_per_sequence(networks, module.data, settings.split, batch, settings.repetitions)
+        values = [1e3 * seconds for seconds in times.values()]
+        table.add_row(f"ms per sequence, batch {batch}", *(f"{value:.3g}" for value in values), _ratio(values))
+    where = provenance(module.device, engine_of(module, module.device))
+    print(f"{path}\n{settings.split} set, {module.data.examples[settings.split]:,} sequences;", end=" ")
+    print(f"{where['device']}, engine {where['engine']}, threads: {where['threads']}")
+    Console().print(table)
+
+
+def _ratio(values: Sequence[float]) -> str:
+    trained, plain = values
+    return f"{trained / plain:.3f}"
+
+
+def verify(files: Sequence[Path], settings: Settings) -> int:
+    """Evaluate published checkpoints on the test set as their runs did, and print them beside their records.
+
+    Returns:
+        How many differ by more than TOLERANCE: devices round differently, and draw other random steps.
+    """
+    differing = 0
+    for number, path in enumerate(files, start=1):
+        module = load(path, **settings.place)
+        recorded = read_checkpoint(path)["record"]["best"]["test"]
+        found = evaluate(module, "test", batches=module.protocol.evaluation_batches)
+        score = metrics.SCORES[module.data.task]
+        allowed = {score: TOLERANCE[score], "state_updates": TOLERANCE["state_updates"] * recorded["state_updates"]}
+        same = all(abs(found[key] - recorded[key]) <= most for key, most in allowed.items())
+        differing += not same
+        values = ", ".join(f"{key} {found[key]:.6g} (recorded {recorded[key]:.6g})" for key in allowed)
+        print(f"{number}/{len(files)} {'agrees ' if same else 'DIFFERS'} {path}: {values}", flush=True)
+    return differing
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure a checkpoint, or verify many; exits with status 1 if one differs from its record."""
+    quieten()
     try:
-        results = evaluate(arguments.checkpoint, arguments.split, arguments.data_root, arguments.device)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    for name, value in results.items():
-        print(f"{name:20} {value:.6g}")
+        given = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_cli(list(arguments)))
+        settings = OmegaConf.to_object(given)
+        assert isinstance(settings, Settings)
+        if settings.checkpoint:
+            compare(Path(settings.checkpoint), settings)
+            return
+        pattern = f"{settings.verify}/**/*{pretrained.SUFFIX}"
+        files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207  (may be absolute)
+        if not files:
+            raise ConfigError(f"verify={settings.verify}: no published checkpoint (*{pretrained.SUFFIX}) there")
+        differing = verify(files, settings)
+    except (*USER_ERRORS, OmegaConfBaseException, YAMLError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")
+    if differing:
+        sys.exit(f"error: {differing} of {len(files)} checkpoints differ from their records")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

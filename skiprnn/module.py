@@ -108,8 +108,16 @@ class SequenceModule(lightning.LightningModule):
         self.sums[stage] = metrics.EpochSums(self.data.task, self.device)
         torch.manual_seed(stage_seed(self.seed, stage, self.current_epoch if stage == "train" else 0))
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the current epoch: constant, then falling in equal steps that would reach 0 after the last epoch."""
+        left = self.protocol.epochs - self.current_epoch
+        return self.protocol.learning_rate * min(1.0, left / (self.protocol.decay_epochs + 1))
+
     def on_train_epoch_start(self) -> None:
         self._begin("train")
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.learning_rate
         self.network.rnn.policy.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:

@@ -5,12 +5,13 @@ output, state, updates = rnn(x, state=None, lengths=None)
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from skiprnn import engines
+from skiprnn import engines, pretrained
 from skiprnn.cells import CELLS, Cell, State
 from skiprnn.policies import Policy, StepPolicy, make_policy
 from skiprnn.stream import Stream
@@ -82,6 +83,34 @@ class Recurrent(nn.Module):
         )
         self.policy: Policy = make_policy(policy, self.cells, p_skip)
         self.to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options) -> Self:
+        """The recurrent network of a published checkpoint, without the readout.
+
+        Args:
+            path: a .safetensors file written by skiprnn.publish.
+            options: batch_first, engine, device and dtype, as for the constructor.
+
+        Raises:
+            ValueError: there is no such file, it is no published checkpoint, or one of another class.
+        """
+        record, tensors = pretrained.read(Path(path))
+        model = record["config"]["model"]
+        kind = CLASSES.get((model["cell"], model["policy"]), Recurrent)
+        if not issubclass(kind, cls):
+            raise ValueError(f"checkpoint {path} holds a {kind.__name__}: load it with {kind.__name__}.from_pretrained")
+        weights = {name.removeprefix("rnn."): tensor for name, tensor in tensors.items() if name.startswith("rnn.")}
+        names = ("cell", "policy", "hidden_size", "num_layers", "layer_norm", "learn_initial_state", "p_skip")
+        rnn = kind.__new__(kind)  # a subclass's constructor only chooses cell and policy
+        given = {name: model[name] for name in names} | {"input_size": weights["layers.0.weight_ih"].shape[-1]}
+        Recurrent.__init__(rnn, **given, **options)
+        try:
+            rnn.load_state_dict(weights)
+        except RuntimeError as error:
+            differences = "; ".join(str(error).split("\n\t")[1:])
+            raise ValueError(f"checkpoint {path} is of another architecture: {differences}") from None
+        return rnn
 
     @property
     def cells(self) -> list[Cell]:
@@ -245,3 +274,15 @@ class SAGRU(Recurrent):
 
     def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
         super().__init__("gru", "selective", input_size, hidden_size, num_layers, **options)
+
+
+CLASSES: dict[tuple[str, str], type[Recurrent]] = {
+    ("lstm", "always"): LSTM,
+    ("gru", "always"): GRU,
+    ("lstm", "random_steps"): RandomSkipLSTM,
+    ("gru", "random_steps"): RandomSkipGRU,
+    ("lstm", "skip"): SkipLSTM,
+    ("gru", "skip"): SkipGRU,
+    ("lstm", "selective"): SALSTM,
+    ("gru", "selective"): SAGRU,
+}

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import TorchCheckpointIO
 
-from skiprnn import metrics
+from skiprnn import metrics, pretrained
 from skiprnn.config import ConfigError, RunConfig
 
 RECORDED_PACKAGES = ("skiprnn", "torch", "pytorch-lightning", "numpy")
@@ -72,7 +72,7 @@ class RunFolder:
     def epochs_done(self) -> int:
         """Epochs that a restart would not repeat, as far as metrics.csv tells."""
         file = self.path / MetricsFile.NAME
-        return len(pd.read_csv(file)) if file.exists() and self.last.exists() else 0
+        return file.read_bytes().count(b"\n") - 1 if file.exists() and self.last.exists() else 0
 
     def open(self) -> FileLock:
         """Make the folder, lock it for this process, forget leftovers of a kill; returns the lock, to be released.
@@ -106,11 +106,21 @@ class RunFolder:
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint of this project, read as untrusted input (weights_only).
+    """A checkpoint of this project, also a published one, read as untrusted input (weights_only, safetensors).
+
+    Returns:
+        Among others "run", the run's identity, and "state_dict"; a published one also has the run's "record".
 
     Raises:
         ConfigError: no file, a corrupt one, or another program's.
     """
+    if path.suffix == pretrained.SUFFIX:
+        try:
+            record, tensors = pretrained.read(path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        state = {f"network.{name}": tensor.to(device) for name, tensor in tensors.items()}
+        return {"run": record["config"], "record": record, "state_dict": state}
     if not path.is_file():
         raise ConfigError(f"checkpoint {path}: there is no such file")
     try:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra.errors import HydraException
 from scipy.stats import t as student
 
 from skiprnn import experiments
@@ -172,12 +171,13 @@ def caption(experiment: Experiment, planned: Sequence[PlannedRun]) -> str:
     """What the table shows, by which protocol, on which data, and what it is compared with."""
     run = planned[0].run
     training = run.training
+    falling = f" (falling after epoch {training.epochs - training.decay_epochs})" if training.decay_epochs else ""
     text = (
         f"{experiment.title}. {run.profile.get('note', '')} {training.epochs} epochs, batch {training.batch_size}, "
-        f"Adam, learning rate {training.learning_rate:g}, gradient norm clipped at {training.gradient_clip:g}"
+        f"Adam, learning rate {training.learning_rate:g}{falling}, gradient norm clipped at {training.gradient_clip:g}"
     )
     if training.cost_free_epochs:
-        text += f", λ = 0 in the first {training.cost_free_epochs} epochs"
+        text += f", λ = 0 before epoch {training.cost_free_epochs + 1}"
     text += (
         "; test set at the epoch with the best validation score; mean ± sample standard deviation over the runs done."
     )
@@ -201,8 +201,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     Raises:
         ConfigError: a record in the folder is not that of its run.
     """
-    run = planned[0].run
-    target = folder or Path(run.output) / "tables" / f"{experiment.name}_{run.profile.get('name', 'custom')}"
+    target = folder or experiment.folder(planned[0].run)
     target.mkdir(parents=True, exist_ok=True)
     if folder:
         exchange_records(planned, folder / "records")
@@ -253,12 +252,13 @@ def _latex(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Render the table of an experiment from the records that exist."""
-    overrides = [argument for argument in arguments if not argument.startswith("publish=")]
-    folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
     try:
-        print(publish(*experiments.requested(overrides), folders[-1] if folders else None))
-    except (ConfigError, HydraException) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+        experiment, planned, folder = experiments.requested(arguments)
+        if not experiment:
+            raise ConfigError("experiment=NAME is missing: which table?")
+        print(publish(experiment, planned, folder))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The only place that instantiates from a config. See conf/README.md.
 """
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -27,9 +26,10 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from skiprnn import config as configs
-from skiprnn import metrics
+from skiprnn import metrics, watch
 from skiprnn.config import ConfigError, RunConfig
 from skiprnn.data.base import DataError, SequenceData
 from skiprnn.module import DivergedError, SequenceModule
@@ -97,15 +97,12 @@ def engine_of(module: SequenceModule, device: torch.device) -> str:
 
 
 def make_loggers(run: RunConfig, folder: RunFolder) -> list[Logger]:
-    """The loggers of the run's config, in its folder. A wandb page belongs to the run: a resumed one continues it."""
-    options: dict[str, dict[str, Any]] = {name: {"save_dir": str(folder.path)} for name in run.logger}
-    if "wandb" in options:
-        import wandb  # here, for it is slow to import and seldom wanted
-
-        options["wandb"] |= {"name": run.name, "id": run.hash, "group": run.row, "resume": "allow"}
-        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-            options["wandb"]["mode"] = "offline"  # without a key, never a prompt
-    return [instantiate(logger, **options[name]) for name, logger in run.logger.items()]
+    """The loggers of the run's config, in its folder."""
+    page = watch.page_options(run) if "wandb" in run.logger else {}
+    return [
+        instantiate(logger, _partial_=True)(save_dir=str(folder.path), **(page if name == "wandb" else {}))
+        for name, logger in run.logger.items()
+    ]
 
 
 def make_trainer(run: RunConfig, folder: RunFolder, device: torch.device) -> tuple[lightning.Trainer, RunKeeper]:
@@ -121,8 +118,8 @@ def make_trainer(run: RunConfig, folder: RunFolder, device: torch.device) -> tup
         limit_val_batches=run.training.evaluation_batches or 1.0,
         limit_test_batches=run.training.evaluation_batches or 1.0,
         logger=make_loggers(run, folder),
-        callbacks=[keeper, *([RichProgressBar(leave=False)] if bar else [])],
-        plugins=[AtomicCheckpointIO()],
+        callbacks=[watch.UsagePictures(folder), keeper, *([RichProgressBar(leave=False)] if bar else [])],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # a SLURM job's requeueing is its launcher's
         default_root_dir=str(folder.path),
         enable_checkpointing=False,
         enable_progress_bar=bar,
@@ -155,11 +152,14 @@ def train(run: RunConfig) -> dict[str, Any]:
         trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        folder.finish(make_record(run, folder, module, trainer, keeper))
+        record = make_record(run, folder, module, trainer, keeper)
+        watch.summarise(trainer.loggers, record)
+        folder.finish(record)
     except USER_ERRORS as error:
         folder.fail(error)
         raise
     finally:
+        watch.close_page(folder.complete)
         lock.release()
     return folder.record()
 

@@ -1,5 +1,6 @@
 """Shared by all tests: small runs on the bundled digits, composed as a user would compose them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,15 @@ SMALL = [
     "device=cpu",
 ]
 
+if not torch.cuda.is_available():  # before Triton is imported: then the GPU engine's kernels can be tested on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # bit-for-bit comparisons with subprocesses, which get threads=1
 
 
-def compose(overrides: list[str]):
+def compose(overrides: list[str], **options):
     """The Hydra config of a list of overrides."""
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        return hydra.compose("config", overrides)
+        return hydra.compose("config", overrides, **options)
 
 
 @pytest.fixture

@@ -104,9 +104,10 @@ def test_every_row_of_every_experiment_trains_one_step(experiment, row, data_or_
         (["training.learning_rate=0"], "training.learning_rate=0.0: must be positive"),
         (["+training.momentum=0.9"], "training.momentum: Key 'momentum' not in 'TrainingConfig'"),
         (["+colour=red"], "colour: Key 'colour' not in 'RunConfig'"),
-        (["engine=steam"], "engine=steam: there are auto, reference, native"),
+        (["engine=steam"], "engine=steam: there are auto, reference, compact, native, triton"),
         (["device=tpu"], "device=tpu: there are auto, cpu, cuda"),
         (["training.cost_free_epochs=40"], "training.cost_free_epochs=40: must be"),
+        (["training.decay_epochs=41"], "training.decay_epochs=41: must be"),
     ],
 )
 def test_bad_settings_are_named(overrides, message):

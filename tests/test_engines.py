@@ -1,4 +1,4 @@
-"""The native engine against the reference engine, which defines the meaning; streaming against whole sequences."""
+"""The other engines against the reference engine, which defines the meaning; streaming against whole sequences."""
 
 import os
 import subprocess
@@ -104,6 +104,35 @@ def test_native_equals_reference(cell, policy, sizes, bias, blank, ragged, given
             patch.setattr(operator, "WIDE", 0 if wide else operator.WIDE)  # x projected in one product, or step by step
             runs.append(results(rnn, x, seed, state, lengths))
     assert_equal(runs[1], runs[0], 1e-10)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("policy", ["random_steps", "skip"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compact_equals_reference(cell, policy, layers, ragged):
+    x = torch.randn(5, 30, 2, dtype=torch.float64)
+    lengths = torch.tensor([30, 0, 7, 1, 29]) if ragged else None
+    runs = []
+    for engine in ("reference", "compact"):
+        rnn = network(cell, policy, 2, 6, layers, engine, bias=-1.5, dtype=torch.float64)
+        if policy == "random_steps":  # its skips carry no gradient, all that remain are exact
+            runs.append(results(rnn, x, 7, lengths=lengths))
+        else:
+            with torch.no_grad():
+                output, state, updates = rnn(x, lengths=lengths)
+            runs.append({"output": output, "updates": updates, "q": state.update_prob, "h": state.h})
+    assert 0 < runs[0]["updates"].mean() < 1
+    assert_equal(runs[1], runs[0], 1e-10)
+
+
+def test_compact_computes_only_the_rows_that_update(monkeypatch):
+    rnn = network("lstm", "skip", 2, 6, 1, "compact", bias=-1.5)
+    rows, forward = [], type(rnn.cells[0]).forward
+    monkeypatch.setattr(type(rnn.cells[0]), "forward", lambda cell, x, s: rows.append(len(x)) or forward(cell, x, s))
+    with torch.no_grad():
+        updates = rnn(torch.randn(5, 30, 2))[2]
+    assert sum(rows) == updates.sum()
 
 
 @requires_native
@@ -253,12 +282,16 @@ def test_auto_takes_what_serves():
     assert SkipLSTM(3, 4).engine_for(x) == "native"
     assert SkipLSTM(3, 4, engine="reference").engine_for(x) == "reference"
     assert SkipLSTM(3, 4, layer_norm=True).engine_for(x) == "reference"
+    with torch.no_grad():
+        assert SkipLSTM(3, 4, layer_norm=True).engine_for(x) == "compact"
+    with pytest.raises(ValueError, match="candidates that were not taken"):
+        SkipLSTM(3, 4, engine="compact")(x)
     SkipLSTM(3, 4, layer_norm=True)(x)
     with pytest.raises(ValueError, match="layer normalisation"):
         SkipLSTM(3, 4, layer_norm=True, engine="native")(x)
     with pytest.raises(ValueError, match="unknown engine"):
         SkipLSTM(3, 4, engine="nativ")
-    assert set(engines.ENGINES) == {"reference", "native"}
+    assert set(engines.ENGINES) == {"reference", "compact", "native", "triton"}
 
 
 NO_COMPILER = """
@@ -270,13 +303,15 @@ with warnings.catch_warnings(record=True) as caught:
         rnn = SkipLSTM(2, 4)
         rnn(torch.randn(2, 5, 2))[0].sum().backward()
 assert rnn.engine_for(torch.randn(2, 5, 2)) == "reference"
+with torch.no_grad():
+    assert rnn.engine_for(torch.randn(2, 5, 2)) == "compact"
 ours = [str(w.message) for w in caught if "native engine" in str(w.message)]
 assert len(ours) == 1, ours
 assert "slower" in ours[0]
 """
 
 
-def test_without_a_compiler_one_warning_and_the_reference(tmp_path):
+def test_without_a_compiler_one_warning_and_plain_torch(tmp_path):
     environment = os.environ | {"CXX": "no-such-compiler", "SKIPRNN_CACHE": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     subprocess.run([sys.executable, "-c", NO_COMPILER], env=environment, check=True)

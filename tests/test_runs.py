@@ -48,7 +48,7 @@ module.SequenceModule.training_step = killed_step
 train.main()
 """
 TIMES = ("seconds", "examples_per_second", "completed")
-MODEL = ["model=skip_lstm", "model.cost_per_sample=1e-3"]
+MODEL = ["model=skip_lstm", "model.cost_per_sample=1e-3", "training.decay_epochs=2"]
 
 
 def without_times(record: dict) -> dict:
@@ -85,7 +85,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("what", "count"),
-    [("last.ckpt", 1), ("last.ckpt", 3), ("best.ckpt", 2), ("metrics.csv", 2), ("record.json", 1), ("step", 12)],
+    [("last.ckpt", 1), ("last.ckpt", 3), ("best.ckpt", 1), ("metrics.csv", 2), ("record.json", 1), ("step", 12)],
 )
 def test_killed_run_continues_to_the_same_end(what, count, unbroken, small_run):
     run = small_run(*MODEL)
@@ -104,6 +104,13 @@ def test_same_command_gives_the_same_record(unbroken, small_run):
     run = small_run(*MODEL)
     record = train.train(run)
     assert without_times(record) == without_times(json.loads((unbroken[1] / "record.json").read_text()))
+
+
+def test_learning_rate_falls_in_equal_steps_at_the_end(small_run):
+    run = small_run("training.epochs=4", "training.decay_epochs=2", "training.learning_rate=0.3")
+    train.train(run)
+    rates = pd.read_csv(runs.RunFolder(run).path / "metrics.csv")["learning_rate"]
+    assert list(rates) == pytest.approx([0.3, 0.3, 0.2, 0.1])
 
 
 def test_complete_run_is_not_repeated(small_run):

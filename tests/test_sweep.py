@@ -1,13 +1,21 @@
 """Sweeps: names without collisions, complete runs skipped after a kill, failures reported at the end."""
 
 import json
+import os
+import shutil
 import signal
+from concurrent.futures import BrokenExecutor
 from subprocess import CompletedProcess
 
 import pytest
-from conftest import SMALL, command
+from conftest import SMALL, command, compose
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from skiprnn import experiments, sweep
+from hydra_plugins.skiprnn_submitit import SubmititLauncher
+from skiprnn import config, experiments, sweep
+from skiprnn.config import ConfigError
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
 
@@ -116,3 +124,182 @@ def test_bad_input_to_all_tables_gets_one_line(arguments, message, monkeypatch):
     monkeypatch.setattr(sweep.experiments, "published", lambda: ALL)
     with pytest.raises(SystemExit, match=message):
         sweep.main(arguments)
+
+
+# Python runs this when a process starts: the first ones to write a checkpoint get SIGNALS, one each.
+INTERRUPTED = """
+import os, pathlib, signal
+
+replace = pathlib.Path.replace
+def replace_and_be_interrupted(self, target):
+    result = replace(self, target)
+    if pathlib.Path(target).name == "last.ckpt":
+        for number, name in enumerate(os.environ["SIGNALS"].split()):
+            try:
+                pathlib.Path(__file__).with_name(f"{number}.sent").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.Signals[name])
+            break
+    return result
+pathlib.Path.replace = replace_and_be_interrupted
+"""
+
+
+def interrupted(folder, *signals: str) -> dict[str, str]:
+    """The environment in which processes are interrupted once they have written a checkpoint."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(INTERRUPTED)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "SIGNALS": " ".join(signals)}
+
+
+def assert_no_epoch_was_repeated(output, runs: int, epochs: int) -> None:
+    """Every run is complete, and its metrics are those of one that nobody interrupted."""
+    files = sorted(output.rglob("record.json"))
+    assert len(files) == runs
+    for file in files:
+        assert (file.parent / "metrics.csv").read_text().count("\n") == epochs + 1
+        assert json.loads(file.read_text())["final"]["epoch"] == epochs - 1
+
+
+def test_sweep_outlives_killed_workers(tmp_path):
+    launcher = ["hydra/launcher=processes", "hydra.launcher.n_jobs=2"]
+    arguments = ["-m", "model=skip_lstm", "seed=0,1,2", *SMALL, "training.epochs=3"]
+    environment = interrupted(tmp_path / "signals", "SIGKILL")
+    done = command(*arguments, *launcher, f"output={tmp_path / 'runs'}", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "a process was killed" in done.stdout
+    assert (tmp_path / "signals" / "0.sent").exists()
+    assert_no_epoch_was_repeated(tmp_path / "runs", runs=3, epochs=3)
+
+
+def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
+    """SLURM's launcher on submitit's local executor: one job is told that its time is up, another is killed."""
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.gpus_per_node=0"]
+    arguments = ["-m", "model=skip_lstm", "seed=0,1", *SMALL, "training.epochs=3", f"output={tmp_path / 'runs'}"]
+    environment = interrupted(tmp_path / "signals", "SIGUSR2", "SIGKILL")
+    done = command(*arguments, *launcher, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs submitted" in done.stdout
+    assert "a process was killed" in done.stdout
+    logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
+    assert "Requeued job" in logs
+    assert_no_epoch_was_repeated(tmp_path / "runs", runs=2, epochs=3)
+
+
+def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
+    return experiments.plan(None, [list(overrides)], compose)
+
+
+def test_sweep_gives_up_when_no_run_gets_further(tmp_path):
+    todo = planned_runs(f"output={tmp_path}")
+    launches = []
+
+    def launch(jobs):
+        launches.append(jobs)
+        raise BrokenExecutor("a worker died\nsomewhere")
+
+    assert sweep.launch_all(todo, launch) == [f"  {todo[0].run.name}: a worker died"]
+    assert len(launches) == sweep.ATTEMPTS
+
+
+def test_sweep_starts_again_with_what_is_left(tmp_path):
+    todo = [one for seed in range(5) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
+    launches = []
+
+    def launch(jobs):
+        launches.append(len(jobs))
+        if len(jobs) == 1:
+            return [JobReturn(status=JobStatus.COMPLETED)]
+        (one,) = [one for one in todo if list(one.overrides) == jobs[0]]
+        one.folder.path.mkdir(parents=True)
+        one.folder.finish({})
+        raise BrokenExecutor("a worker died")
+
+    assert sweep.launch_all(todo, launch) == []
+    assert launches == [5, 4, 3, 2, 1]
+
+
+OVERRIDES = [
+    "model=skip_gru model.cost_per_sample=1",
+    "data=mnist profile=mnist/cpu training.epochs=1",  # below the profile's cost_free_epochs
+    "data=mnist profile=mnist/cpu training.epochs=1 training.cost_free_epochs=0",
+    "data=adding data.length=7 seed=3",
+    "model=random_skip_gru model.p_skip=0.2 model.layer_norm=true",
+    "model=random_skip_gru model.p_skip=null",
+    "model=lstm model.cost_per_sample=1e-4",  # λ is not among lstm's settings
+    "model.hidden_size=many",
+    "model.width=3",
+    "training.epochs=2.5",
+    "seed=one",
+    "logger=[csv,wandb] logger.wandb.project=other",
+]
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_plan_reads_overrides_as_hydra_does(overrides):
+    """It composes as seldom as it can; the run, or the error, is the same."""
+
+    def outcome(read):
+        try:
+            return read(overrides.split())
+        except (ConfigError, HydraException) as error:
+            return type(error), str(error)
+
+    assert outcome(experiments._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+
+
+def test_plan_composes_once_per_choice_of_groups(tmp_path):
+    composed = []
+
+    def count(overrides):
+        composed.append(overrides)
+        return compose(overrides)
+
+    costs, seeds = [f"model.cost_per_sample={n}e-6" for n in range(50)], [f"seed={n}" for n in range(4)]
+    models = ["model=skip_lstm", "model=skip_gru"]
+    grid = [[model, cost, seed] for model in models for cost in costs for seed in seeds]
+    planned = experiments.plan(None, grid, count)
+    assert len({one.run.name for one in planned}) == 400
+    assert len(composed) <= 1 + len(models)
+
+
+def test_plan_is_kept_for_who_watches(tmp_path):
+    planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
+    for _ in range(2):
+        experiments.save_plan(None, "seed=0,3", planned)
+    (saved,) = experiments.saved_plans(tmp_path)
+    assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3")
+    assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
+    assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
+
+
+def slurm_launcher(*overrides: str) -> SubmititLauncher:
+    with_hydra = compose(["hydra/launcher=slurm", "output=runs", *overrides], return_hydra_config=True)
+    settings = OmegaConf.to_container(with_hydra.hydra.launcher, resolve=True)
+    assert settings.pop("_target_").endswith("SubmititLauncher")
+    return SubmititLauncher(**settings)
+
+
+def test_slurm_jobs_have_a_gpu_each_and_are_requeued(tmp_path, monkeypatch):
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    executor = slurm_launcher("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long").executor()
+    script = executor._executor._make_submission_file_text("command", "id")
+    flags = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {"gpus-per-node=1", "requeue", "signal=USR2@120", "time=30", "partition=long", "open-mode=append"} <= flags
+
+
+def test_slurm_launcher_without_slurm():
+    if shutil.which("srun"):
+        pytest.skip("there is a SLURM here")
+    with pytest.raises(ConfigError, match="no srun; start the sweep on a login node"):
+        slurm_launcher().executor()
+
+
+def test_unknown_setting_of_submitit():
+    launcher = slurm_launcher("hydra.launcher.cluster=local", "+hydra.launcher.slurm_gpu=1")
+    with pytest.raises(ConfigError, match=r"hydra.launcher: .*gpu"):
+        launcher.executor()

@@ -193,7 +193,8 @@ def test_the_caption_states_the_protocol(planned):
     assert "λ = 0" not in caption
     shortened = tables.caption(experiments.load("table1"), plan("table1", "mnist/cpu"))
     assert "epochs instead of 600" in shortened
-    assert "λ = 0 in the first 2 epochs;" in shortened
+    assert "λ = 0 before epoch 3;" in shortened
+    assert "learning rate 0.0005 (falling after epoch 5)," in shortened
 
 
 def adding(tmp_path: Path, errors: dict[str, list[float]], updates: float = 25.0) -> tuple[Experiment, list]:
@@ -511,7 +512,7 @@ def test_a_smoke_test_of_every_row_ends_in_the_table(name, tmp_path):
     data = experiments.load(name).data
     overrides = [f"experiment={name}", f"data={data}", f"profile={data}/smoke", "model.hidden_size=4", "device=cpu"]
     overrides += ["training.evaluation_batches=1", f"output={tmp_path}", f"data_root={tmp_path}", "threads=1"]
-    experiment, planned = experiments.requested(overrides)
+    experiment, planned, _ = experiments.requested(overrides)
     for one in planned:
         train.train(one.run)
     markdown, _, numbers = publish(planned, experiment)

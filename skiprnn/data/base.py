@@ -38,6 +38,10 @@ class DataError(RuntimeError):
 class Examples(Protocol):
     """A part of a data set, from which batches are taken."""
 
+    @property
+    def targets(self) -> Tensor:
+        """(N,), see Split."""
+
     def to(self, device: torch.device | str) -> Self:
         """The same examples, whose batches are on a device."""
 

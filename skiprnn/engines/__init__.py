@@ -5,10 +5,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from skiprnn.cells import Cell
-from skiprnn.engines import native, reference
+from skiprnn.engines import compact, native, reference, triton
 from skiprnn.policies import Policy
 
-ENGINES: dict[str, Callable] = {"reference": reference.run, "native": native.run}
+ENGINES: dict[str, Callable] = {
+    "reference": reference.run,
+    "compact": compact.run,
+    "native": native.run,
+    "triton": triton.run,
+}
 
 
 def check(name: str) -> None:
@@ -24,11 +29,24 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
         ValueError: unknown name, or an engine that does not serve.
     """
     check(name)
-    if name == "reference":
-        return name
-    reason = native.unsupported(cells, policy, x)
-    if reason is None:
-        return "native"
-    if name == "native":
-        raise ValueError(f"the native engine can't run this: {reason}")
+    for engine, module in (("native", native), ("triton", triton), ("compact", compact)):
+        interpreted = engine == "triton" and x.device.type == "cpu"  # slow: only where it is asked for
+        if name == engine or (name == "auto" and not interpreted):
+            reason = module.unsupported(cells, policy, x)
+            if reason is None:
+                return engine
+            if name == engine:
+                raise ValueError(f"the {name} engine can't run this: {reason}")
     return "reference"
+
+
+def run_packed(name: str, runs: Sequence[tuple]) -> list[tuple]:
+    """The results of one engine on several networks of one architecture, each with its own weights and batch.
+
+    Args:
+        name: an engine.
+        runs: the arguments of each one's run; equal shapes share a launch on a GPU.
+    """
+    if name == "triton" and len({x.shape for _, _, x, *_ in runs}) == 1:
+        return triton.run_packed(runs)
+    return [ENGINES[name](*run) for run in runs]

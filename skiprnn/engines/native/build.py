@@ -95,8 +95,8 @@ def available() -> bool:
         load()
     except (NoCompilerError, OSError) as error:
         warnings.warn(
-            f"skiprnn's native engine is not available, the reference engine runs instead: the same results, "
-            f"many times slower. {error}",
+            f"skiprnn's native engine is not available, plain torch runs instead: the same results, many times "
+            f"slower, and only inference and random skipping gain from skipped steps. {error}",
             stacklevel=2,
         )
         return False

@@ -97,21 +97,65 @@ void panel(int M, ptrdiff_t K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t 
     }
 }
 
+// One row of C over several panels side by side: a panel alone has too few accumulators to hide their latency.
+template <class T, int Panels, int Vectors>
+void row_tile(ptrdiff_t K, const T* a, const T* b, T* c, const T* init) {
+    constexpr int W = kLanes<T>, width = Vectors * W;
+    Vector<T> acc[Panels][Vectors];
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p)
+#pragma GCC unroll 2
+        for (int n = 0; n < Vectors; ++n) acc[p][n] = init ? load<T>(init + p * width + n * W) : Vector<T>{};
+    for (ptrdiff_t k = 0; k < K; ++k) {
+        const T value = a[k];
+#pragma GCC unroll 4
+        for (int p = 0; p < Panels; ++p)
+#pragma GCC unroll 2
+            for (int n = 0; n < Vectors; ++n) acc[p][n] += value * load<T>(b + (p * K + k) * width + n * W);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p)
+#pragma GCC unroll 2
+        for (int n = 0; n < Vectors; ++n) store<T>(c + p * width + n * W, acc[p][n]);
+}
+
 // B (K, N) in panels of kTileVectors vectors, each contiguous over K; N is a multiple of the lanes.
 template <class T>
 struct Packed {
+    static constexpr int kWidth = kTileVectors * kLanes<T>;
     int K = 0, N = 0;
     Buffer<T> data;
 
-    template <class Element>  // element(k, n); 0 for padding
-    void pack(int rows, int columns, Element element) {
+    // From B's columns: pointers to `length` elements each, 0 beyond them; a null pointer is a column of zeros.
+    void pack_columns(int rows, int length, const T* const* columns, int count) {
+        allocate(rows, count);
+        for (int n = 0; n < N; ++n) {
+            const int width = std::min(kWidth, N - n / kWidth * kWidth);
+            T* out = data + size_t(n / kWidth) * kWidth * K + n % kWidth;
+            const int filled = columns[n] ? length : 0;
+            for (int k = 0; k < filled; ++k) out[size_t(k) * width] = columns[n][k];
+            for (int k = filled; k < K; ++k) out[size_t(k) * width] = 0;
+        }
+    }
+
+    // From B's rows, likewise.
+    void pack_rows(int columns, int length, const T* const* rows, int count) {
+        allocate(count, columns);
+        T* out = data;
+        for (int n = 0; n < N; n += kWidth) {
+            const int width = std::min(kWidth, N - n), there = std::clamp(length - n, 0, width);
+            for (int k = 0; k < K; ++k, out += width) {
+                const int filled = rows[k] ? there : 0;
+                if (filled) std::memcpy(out, rows[k] + n, filled * sizeof(T));
+                std::fill(out + filled, out + width, T(0));
+            }
+        }
+    }
+
+private:
+    void allocate(int rows, int columns) {
         K = rows, N = columns;
         data.allocate(size_t(K) * N);
-        constexpr int width = kTileVectors * kLanes<T>;
-        T* out = data;
-        for (int n0 = 0; n0 < N; n0 += width)
-            for (int k = 0; k < K; ++k)
-                for (int n = n0; n < std::min(n0 + width, N); ++n) *out++ = element(k, n);
     }
 };
 
@@ -121,10 +165,16 @@ enum class Start { kZero, kAccumulate, kBias };
 template <class T>
 void multiply(int M, const T* a, ptrdiff_t lda, const Packed<T>& b, T* c, ptrdiff_t ldc, Start start,
               const T* bias = nullptr) {
-    constexpr int W = kLanes<T>;
+    constexpr int W = kLanes<T>, kPanels = 4;
     const T* packed = b.data;
-    for (int n = 0; n < b.N; n += kTileVectors * W) {
-        const T* init = start == Start::kZero ? nullptr : start == Start::kBias ? bias + n : c + n;
+    int n = 0;
+    auto begin = [&] { return start == Start::kZero ? nullptr : start == Start::kBias ? bias + n : c + n; };
+    for (; M == 1 && n + kPanels * kTileVectors * W <= b.N; n += kPanels * kTileVectors * W) {
+        row_tile<T, kPanels, kTileVectors>(b.K, a, packed, c + n, begin());
+        packed += ptrdiff_t(b.K) * kPanels * kTileVectors * W;
+    }
+    for (; n < b.N; n += kTileVectors * W) {
+        const T* init = begin();
         const ptrdiff_t ldinit = start == Start::kBias ? 0 : ldc;
         if (b.N - n >= kTileVectors * W)
             panel<T, kTileVectors, false>(M, b.K, a, lda, packed, kTileVectors * W, c + n, ldc, init, ldinit);

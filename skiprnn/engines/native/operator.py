@@ -123,8 +123,7 @@ def _shapes(cell: str, policy: str, x: Tensor, states, save: bool) -> list[tuple
     ]
 
 
-@torch.library.custom_op("skiprnn::recurrence", mutates_args=(), device_types="cpu")
-def recurrence(
+def _compute(
     cell: str,
     policy: str,
     x: Tensor,
@@ -140,7 +139,7 @@ def recurrence(
 
     Args:
         cell, policy: their names.
-        x: (B, T, I).
+        x: (B, T, I). On a GPU all tensors have one more dimension in front: runs that share a launch.
         states: K per layer, (B, H).
         weights: weight_ih, weight_hh, bias per layer.
         gate: Skip's q and s, (B,) each; otherwise empty.
@@ -171,9 +170,16 @@ def recurrence(
     return output, final, final_gate, updates, saved, saved_gate, projected
 
 
+recurrence = torch.library.custom_op("skiprnn::recurrence", _compute, mutates_args=(), device_types="cpu")
+
+
 @recurrence.register_fake
 def _(cell, policy, x, states, weights, gate, policy_weights, draw, lengths, save):
-    return tuple(x.new_empty(shape) for shape in _shapes(cell, policy, x, states, save))
+    if x.dim() == 4:  # packed runs, on a GPU
+        from skiprnn.engines.triton.operator import shapes
+    else:
+        shapes = _shapes
+    return tuple(x.new_empty(shape) for shape in shapes(cell, policy, x, states, save))
 
 
 def split_states(final: Tensor, batch: int, hidden: Sequence[int], entries: int) -> list[tuple[Tensor, ...]]:
@@ -369,6 +375,8 @@ def apply(cell: str, policy: str, x: Tensor, states, weights, gate, policy_weigh
     """The operator, also under torch.func's transforms."""
     lists = states, weights, gate, policy_weights
     if not torch._C._are_functorch_transforms_active():
-        return recurrence(cell, policy, x, *lists, draw, lengths, save)
+        plain = not save and type(x) is Tensor and x.is_cpu and x.dim() == 3 and not torch.compiler.is_compiling()
+        run = _compute if plain else recurrence  # the dispatcher takes longer than a short sequence
+        return run(cell, policy, x, *lists, draw, lengths, save)
     counts = [len(part) for part in lists]
     return _Flat.apply((cell, policy), counts, save, x, *(t for part in lists for t in part), draw, lengths)

@@ -77,25 +77,21 @@ struct Layer {
     }
 
     void pack_forward(bool projected) {
-        if (!projected) input.pack(I, X, [&](int i, int n) { return input_rows_[n] ? input_rows_[n][i] : T(0); });
-        recurrent.pack(P, R, [&](int m, int n) { return state_weight(n, m); });
-        if (R < G * P) candidate.pack(P, P, [&](int m, int n) { return state_weight(R + n, m); });
+        if (!projected) input.pack_columns(I, I, input_rows_.data(), X);
+        recurrent.pack_columns(P, H, state_rows_.data(), R);
+        if (R < G * P) candidate.pack_columns(P, H, &state_rows_[R], P);
     }
 
     void pack_backward(bool needs_input) {
-        if (needs_input)
-            input_back.pack(X, padded(I),
-                            [&](int n, int i) { return i < I && input_rows_[n] ? input_rows_[n][i] : T(0); });
-        recurrent_back.pack(R, P, [&](int n, int m) { return state_weight(n, m); });
-        if (R < G * P) candidate_back.pack(P, P, [&](int n, int m) { return state_weight(R + n, m); });
+        if (needs_input) input_back.pack_rows(padded(I), I, input_rows_.data(), X);
+        recurrent_back.pack_rows(P, H, state_rows_.data(), R);
+        if (R < G * P) candidate_back.pack_rows(P, H, &state_rows_[R], P);
     }
 
     static const T* get(const void* p) { return static_cast<const T*>(p); }
 
 private:
     std::vector<const T*> input_rows_, state_rows_;  // a tensor's row for each padded column; null for padding
-
-    T state_weight(int n, int m) const { return m < H && state_rows_[n] ? state_rows_[n][m] : T(0); }
 };
 
 template <class T>

@@ -1,0 +1,252 @@
+"""Run folders -> one HTML page: how far each sweep is, its table and curves, which samples its models use.
+
+    python -m skiprnn.dashboard [outputs] [--page outputs/dashboard.html]
+    python -m skiprnn.dashboard --wandb [ENTITY/]PROJECT
+
+The page opens from disk and needs no network; make it again to see how far a sweep has come. The second form writes the
+same views as a workspace on wandb, from what the runs logged there.
+"""
+
+import argparse
+import base64
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import vl_convert
+
+from skiprnn import experiments, tables
+from skiprnn.config import ConfigError, RunConfig
+from skiprnn.experiments import Experiment, PlannedRun, Row, SavedPlan
+from skiprnn.runs import MetricsFile, RunFolder, write_atomically
+
+EPOCHS_DRAWN = 60  # of a curve
+PICTURES, UNFINISHED = 24, 100  # shown at most
+
+
+def plans(output: Path) -> list[SavedPlan]:
+    """The sweeps into an output folder, latest first, each data set apart; then its other runs."""
+    saved = experiments.saved_plans(output)
+    planned = {one.folder.path for plan in saved for one in plan.planned}
+    single = []
+    for file in sorted(output.glob("*/*/*/config.yaml")):
+        if file.parent not in planned:
+            try:
+                run = RunConfig.of(json.loads(file.read_text()), output=str(output))
+            except ConfigError:
+                continue  # another version's
+            if RunFolder(run).path == file.parent:
+                single.append(PlannedRun(Row(run.row), run, ()))
+    saved += [SavedPlan(Experiment("", "single runs", "", ()), "", tuple(single))] if single else []
+    apart = []
+    for plan in saved:
+        names = dict.fromkeys(one.run.data["name"] for one in plan.planned)
+        for name in names:
+            runs = tuple(one for one in plan.planned if one.run.data["name"] == name)
+            title = f"{plan.experiment.title} ({name})" if len(names) > 1 else plan.experiment.title
+            apart.append(SavedPlan(replace(plan.experiment, title=title), plan.command, runs))
+    return apart
+
+
+def view(plan: SavedPlan) -> dict[str, Any]:
+    """What the page shows of a sweep over one data set: numbers and texts only."""
+    experiment = plan.experiment
+    record = next((one.folder.record() for one in plan.planned if one.folder.complete), None)
+    if not experiment.name and record and "mse" in record["best"]["test"]:
+        experiment = replace(experiment, columns=("mse", *experiment.columns[1:]))
+    numbers = tables.rows(experiment, plan.planned)
+    text, verdicts = tables.layout(experiment, numbers), tables.verdicts(experiment, numbers)
+    score = "mse" if "mse" in experiment.columns else "accuracy"
+    updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
+    rows: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []
+    for index, (_, group) in enumerate(groupby(plan.planned, lambda one: one.row.label)):
+        runs = list(group)
+        model, line = runs[0].run.model, numbers.iloc[index]
+        epochs = [one.run.training.epochs if one.folder.complete else one.folder.epochs_done() for one in runs]
+        for one, done in zip(runs, epochs, strict=True):
+            if not one.folder.complete:
+                unfinished.append(progress(one, done))
+        picture = next((file for one in runs for file in [one.folder.path / "usage.png"] if file.exists()), None)
+        if picture and len(pictures) < PICTURES:
+            pictures.append({"row": index, "png": base64.b64encode(picture.read_bytes()).decode()})
+        rows.append(
+            {
+                "label": text["Model"][index],
+                "model": model.name,
+                "lambda": f"{model.cost_per_sample:g}" if model.policy in ("skip", "selective") else "none",
+                "epochs": [sum(epochs), sum(one.run.training.epochs for one in runs)],
+                "score": spread(line, score),
+                "updates": spread(line, updates),
+                "paper": [spread(line, f"published_{score}"), spread(line, f"published_{updates}")],
+                "curve": curve([one.folder.path / MetricsFile.NAME for one in runs], f"validation/{score}"),
+            }
+        )
+    states = [one["state"] for one in unfinished]
+    return {
+        "title": experiment.title,
+        "command": plan.command,
+        "note": plan.planned[0].run.profile.get("note", ""),
+        "score": tables.METRICS[score].heading,
+        "updates": tables.METRICS[updates].heading,
+        "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in (text, verdicts)],
+        "rows": rows,
+        "pictures": pictures,
+        "runs": {"planned": len(plan.planned), "complete": len(plan.planned) - len(states)}
+        | {state: states.count(state) for state in ("begun", "failed", "waiting")},
+        "epochs": [sum(row["epochs"][k] for row in rows) for k in (0, 1)],
+        "unfinished": [one for state in ("failed", "begun") for one in unfinished if one["state"] == state],
+    }
+
+
+def progress(one: PlannedRun, epochs: int) -> dict[str, Any]:
+    """How far an incomplete run is, and when it last moved."""
+    folder = one.folder
+    metrics_file = folder.path / MetricsFile.NAME
+    state, reason = ("begun" if folder.path.exists() else "waiting"), ""
+    if folder.failure_file.exists():
+        state, reason = "failed", json.loads(folder.failure_file.read_text())["error"]
+    moved = datetime.fromtimestamp(metrics_file.stat().st_mtime).strftime("%d %b %H:%M") if epochs else ""
+    planned = one.run.training.epochs
+    return {"name": one.run.name, "state": state, "epochs": [epochs, planned], "moved": moved, "reason": reason}
+
+
+def spread(line: pd.Series, metric: str) -> list[float] | None:
+    """[mean, standard deviation or 0], or None where nothing was measured."""
+    mean, deviation = line.get(f"{metric}_mean"), line.get(f"{metric}_std")
+    return None if pd.isna(mean) else [short(mean), 0.0 if pd.isna(deviation) else short(deviation)]
+
+
+def short(number: float) -> float:
+    return float(f"{number:.5g}")
+
+
+def curve(files: Iterable[Path], column: str) -> list[list[float]]:
+    """[epoch, mean, least, largest] over the files that have it, thinned to what can be seen."""
+    values: dict[int, list[float]] = {}
+    for file in files:
+        if file.exists():
+            with file.open(newline="") as lines:
+                reader = csv.reader(lines)
+                names = next(reader)
+                epoch, wanted = names.index("epoch"), names.index(column)
+                for row in reader:
+                    values.setdefault(int(row[epoch]), []).append(float(row[wanted]))
+    every = -(-len(values) // EPOCHS_DRAWN) or 1
+    shown = sorted(values)[::-every][::-1]  # the last one is
+    return [[n + 1, short(statistics.fmean(values[n])), short(min(values[n])), short(max(values[n]))] for n in shown]
+
+
+def page(output: Path) -> str:
+    """The HTML page of an output folder.
+
+    Raises:
+        ConfigError: there are no runs in it.
+    """
+    views = [view(plan) for plan in plans(output)]
+    if not views:
+        raise ConfigError(f"{output}: no runs here; give the folder that was output= of a sweep")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("skiprnn", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("dashboard.html").render(
+        views=views,
+        charts=[{key: one[key] for key in ("score", "updates", "rows")} for one in views],
+        output=str(output),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        most=UNFINISHED,
+        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace("</script", r"<\/script"),
+    )
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The same views as a wandb workspace, not yet saved: trade-off, learning, used samples.
+
+    Raises:
+        ConfigError: wandb-workspaces is not installed.
+    """
+    try:
+        from wandb_workspaces import workspaces
+        from wandb_workspaces.reports import v2 as panels
+    except ImportError:
+        raise ConfigError("--wandb needs wandb's own library: pip install wandb-workspaces") from None
+    scores = {"accuracy": "accuracy", "mse": "mean squared error"}
+    updates = panels.SummaryMetric("test/state_updates")
+    tradeoff: list[Any] = [
+        panels.ScatterPlot(
+            title=f"Test {title} against state updates", x=updates, y=panels.SummaryMetric(f"test/{key}")
+        )
+        for key, title in scores.items()
+    ]
+    tradeoff += [panels.ScatterPlot(title="State updates against λ", x=panels.Config("lambda"), y=updates, log_x=True)]
+    learning: list[Any] = [
+        panels.LinePlot(title=f"Validation {title}", x="epoch", y=[f"validation/{key}"], groupby_rangefunc="minmax")
+        for key, title in (scores | {"state_updates": "state updates", "loss": "loss"}).items()
+    ]
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name="skiprnn: accuracy against computation",
+        sections=[
+            workspaces.Section("Accuracy against computation", panels=tradeoff, is_open=True),
+            workspaces.Section("Learning", panels=learning, is_open=True),
+            workspaces.Section("Used samples", panels=[panels.MediaBrowser(media_keys=["usage"])], is_open=True),
+        ],
+        settings=workspaces.WorkspaceSettings(x_axis="epoch", max_runs=100),
+        runset_settings=workspaces.RunsetSettings(
+            groupby=[workspaces.Metric("Group")],
+            pinned_columns=[
+                *("config:lambda", "config:p_skip", "config:seed"),
+                *("summary:test/accuracy", "summary:test/mse", "summary:test/state_updates", "summary:best_epoch"),
+            ],
+        ),
+    )
+
+
+def save_workspace(target: str) -> str:
+    """Write the workspace to wandb; returns its address.
+
+    Raises:
+        ConfigError: no library, no key, no such project, or no server.
+    """
+    import wandb  # here, for it is slow to import and seldom wanted
+
+    *entity, project = target.split("/")
+    try:
+        if not wandb.login(prompt=False):
+            raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
+        return workspace(entity[0] if entity else wandb.Api().default_entity or "", project).save().url
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--wandb {target}: {str(error).splitlines()[0]}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page, or the workspace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders")
+    parser.add_argument("--page", type=Path, help="the file to write (OUTPUT/dashboard.html)")
+    parser.add_argument("--wandb", metavar="[ENTITY/]PROJECT", help="write the wandb workspace of this project instead")
+    given = parser.parse_args(arguments)
+    try:
+        if given.wandb:
+            print(save_workspace(given.wandb))
+            return
+        file = given.page or given.output / "dashboard.html"
+        write_atomically(file, page(given.output).encode())
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Trained weights for others: the best checkpoint of each complete run as safetensors, with a model card.
+
+    python -m skiprnn.publish experiment=table1 profile=mnist/cpu publish=results/mnist-cpu
+    python -m skiprnn.publish model=skip_lstm data=digits seed=0 publish=FOLDER
+
+FOLDER/checkpoints/DATASET/ROW/seedK_HASH/
+  model.safetensors    weights and the run's record, for SkipLSTM.from_pretrained and skiprnn.evaluate
+  README.md            the model card
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from torch import Tensor
+
+from skiprnn import experiments, metrics, pretrained
+from skiprnn.config import ConfigError
+from skiprnn.recurrent import CLASSES, Recurrent
+from skiprnn.runs import RunFolder, read_checkpoint, write_atomically
+
+FILE = f"model{pretrained.SUFFIX}"
+ABOUT = {
+    "always": "The papers' baseline: updates its state at every step.",
+    "random_steps": "The baseline of Skip RNN (Campos et al., ICLR 2018): skips random steps, in use as in training.",
+    "random_neurons": "The baseline of SA-RNN (Hartvigsen et al., CIKM 2020): random neurons skip each step.",
+    "skip": "Skip RNN (Campos et al., ICLR 2018): has learned at which steps to update its state.",
+    "selective": "SA-RNN (Hartvigsen et al., CIKM 2020): has learned which neurons to update at each step.",
+}
+CARD = """\
+---
+library_name: skiprnn
+license: mit
+tags: [{data}, {kind}, adaptive-computation]
+---
+# {kind} on {data}, seed {seed}
+
+{about} {parameters:,} parameters with the readout.
+
+| | |
+| --- | --- |
+| data | {data}: {data_says} |
+| | {data_settings} |
+| model | {model_settings} |
+| protocol | {protocol}{note} |
+
+## Results
+
+The epoch with the best validation score, {epoch} of {epochs}. FLOPs are multiplications of the recurrent network.
+
+| | {score} | state updates of {steps} steps | inference FLOPs |
+| --- | --- | --- | --- |
+| validation | {validation_score} | {validation_updates:.2f} | |
+| test | {test_score} | {test_updates:.2f} (std over sequences {test_updates_std:.2f}) | {flops:.2e} |
+
+## Provenance
+
+Run `{name}`, completed {completed} after {seconds:.0f} s of training. {code}; {versions}; {device}, engine {engine}.
+The whole record is in the file's metadata, under `{key}`.
+
+## How to load
+
+```python
+from skiprnn import {kind}
+
+rnn = {kind}.from_pretrained("{file}")  # the recurrent network alone
+output, state, updates = rnn(x)  # x (batch, steps, {input_size}) float32
+```
+
+The prediction is `readout.weight @ state.h[-1] + readout.bias`, with the tensors of those names in the file{embedding}.
+`python -m skiprnn.evaluate checkpoint={file}` measures the whole network on the test set.
+
+## Limits
+
+- One run: with another seed, {score} and skipped steps differ.
+- What it skips was learned on {data}; other data, lengths or sampling rates can make it skip anything, or nothing.
+- A network of a benchmark, for research; not tested for any other use.
+"""
+
+
+def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The model card of a run's best checkpoint, from the run's record and the network's tensors."""
+    data, model, training = (record["config"][part] for part in ("data", "model", "training"))
+    best, git = record["best"], record["git"]
+    score = next(name for name in metrics.SCORES.values() if name in best["test"])
+    digits = ".4f" if score == "accuracy" else ".3e"
+    description = inspect.getdoc(get_class(data["_target_"])) or ""
+    embedding = "; its input is the embedding of token ids, `embedding.weight`"
+    note = record["profile"].get("note")
+    return CARD.format(
+        kind=CLASSES.get((model["cell"], model["policy"]), Recurrent).__name__,
+        data=data["name"],
+        seed=record["config"]["seed"],
+        about=ABOUT[model["policy"]],
+        parameters=record["parameters"],
+        data_says=" ".join(description.split("\n\n")[0].split()),
+        data_settings=_listed(data, "name", "_target_"),
+        model_settings=_listed(model, "name"),
+        protocol=f"Adam; {_listed(training)}",
+        note=f". {note}" if note else "",
+        epoch=best["epoch"] + 1,
+        epochs=training["epochs"],
+        score=score,
+        steps=record["steps"],
+        validation_score=f"{best['validation'][score]:{digits}}",
+        validation_updates=best["validation"]["state_updates"],
+        test_score=f"{best['test'][score]:{digits}}",
+        test_updates=best["test"]["state_updates"],
+        test_updates_std=best["test"]["state_updates_std"],
+        flops=best["test"]["inference_flops"],
+        name=record["name"],
+        completed=record["completed"],
+        seconds=record["seconds"],
+        code=f"commit {git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "no git commit",
+        versions=", ".join(f"{package} {version}" for package, version in record["versions"].items()),
+        device=record["device"],
+        engine=record["engine"],
+        key=pretrained.KEY,
+        file=FILE,
+        input_size=tensors["rnn.layers.0.weight_ih"].shape[1],
+        embedding=embedding if "embedding.weight" in tensors else "",
+    )
+
+
+def _listed(settings: dict[str, Any], *but: str) -> str:
+    """`key` value, for all that are set."""
+    return ", ".join(f"`{key}` {value}" for key, value in settings.items() if key not in but and value is not None)
+
+
+def export(run: RunFolder, folder: Path) -> Path:
+    """Write the weights and the model card of a complete run below folder/checkpoints; returns the weights' path."""
+    checkpoint, record = read_checkpoint(run.best), run.record()
+    tensors = {name.removeprefix("network."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    target = folder / "checkpoints" / record["name"] / FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, pretrained.serialise(record, tensors))
+    write_atomically(target.with_name("README.md"), card(record, tensors).encode())
+    return target
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Publish the complete runs that the command line asks for."""
+    try:
+        _, planned, folder = experiments.requested(arguments)
+        if not folder:
+            raise ConfigError("publish=FOLDER is missing: where to?")
+        complete = [one.folder for one in planned if one.folder.complete]
+        if not complete:
+            raise ConfigError(f"output={planned[0].run.output}: none of the {len(planned)} runs is complete")
+        for run in complete:
+            file = export(run, folder)
+            print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(complete)} of {len(planned)} runs published, each with its model card")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

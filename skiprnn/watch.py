@@ -1,0 +1,96 @@
+"""A run, watched from outside while it goes: which samples it uses, as a picture, and its page on wandb."""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as lightning
+from PIL import Image
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from skiprnn.config import ConfigError, RunConfig
+from skiprnn.runs import RunFolder, write_atomically
+
+
+class UsagePictures(lightning.Callback):
+    """usage.png: what a Skip RNN or SA-RNN uses of test sequences, at the end; a wandb page gets it PICTURES times.
+
+    Args:
+        folder: of the run.
+    """
+
+    PICTURES = 10
+
+    def __init__(self, folder: RunFolder):
+        pictures = self.PICTURES if "wandb" in folder.run.logger else 1
+        self.folder, self.every = folder, -(-folder.run.training.epochs // pictures)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        from skiprnn import usage  # here, for it needs matplotlib
+
+        draw = {"skip": usage.usage, "selective": usage.neurons}.get(self.folder.run.model.policy)
+        epoch = trainer.current_epoch
+        if draw is None or ((epoch + 1) % self.every and epoch + 1 < trainer.max_epochs):
+            return
+        module.network.eval()
+        try:
+            figure = draw(module)
+        except ConfigError:
+            return  # nobody has said how to draw these data
+        finally:
+            module.network.train()
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=150)
+        write_atomically(self.folder.path / "usage.png", file.getvalue())
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("usage", [Image.open(file)], step=epoch)
+
+
+def page_options(run: RunConfig) -> dict[str, Any]:
+    """What makes a run's wandb page: the run's identity, so that a resumed run continues it.
+
+    Offline, without a question, where there is no key or no server; `wandb sync` takes it online later.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # a sweep has a thousand of them
+    import wandb  # here, for it is slow to import and seldom wanted
+
+    name = run.data["name"]
+    options = {
+        "name": run.name,
+        "id": run.hash,
+        "resume": "allow",
+        "group": f"{run.experiment or name}/{run.row}",
+        "job_type": "train",
+        "tags": [name, run.model.cell, run.model.policy, f"profile {run.profile.get('name')}"],
+        "config": run.identity | {"lambda": run.model.cost_per_sample, "p_skip": run.model.p_skip},
+        "settings": wandb.Settings(console="off"),
+    }
+    if "WANDB_MODE" not in os.environ:
+        try:
+            online = wandb.login(prompt=False)
+        except wandb.errors.CommError as error:
+            print(f"wandb: {str(error).splitlines()[0]}; logging offline", file=sys.stderr)
+            online = False
+        options["mode"] = "online" if online else "offline"
+    return options
+
+
+def summarise(loggers: Sequence[Logger], record: dict[str, Any]) -> None:
+    """Give the wandb page its summary: the test results of the epoch that is best on validation, as in the tables."""
+    best = record["best"]
+    results = {f"test/{key}": value for key, value in best["test"].items()}
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(
+                results | {"best_epoch": best["epoch"], "parameters": record["parameters"]}
+            )
+
+
+def close_page(complete: bool) -> None:
+    """End the wandb page of this process, if there is one: a sweep's next run has a page of its own."""
+    wandb = sys.modules.get("wandb")
+    if wandb and wandb.run:
+        wandb.finish(exit_code=0 if complete else 1)
