@@ -118,6 +118,12 @@ def archive_of(folder: Path, path: Path) -> None:
         archive.addfile(escape, io.BytesIO(b"evil"))
 
 
+def test_the_caption_says_how_reviews_are_padded():
+    assert IMDb().note == "padded on the right, padded steps count as all others; embeddings start from U(-0.25, 0.25)"
+    assert IMDb(padding="left", vectors="v.bin").note.startswith("padded on the left, padded steps count")
+    assert "padded steps do not count; " in IMDb(mask_padding=True).note
+
+
 def test_archive_and_folder_give_the_same(root, tmp_path_factory, monkeypatch):
     mirror, elsewhere = tmp_path_factory.mktemp("mirror"), tmp_path_factory.mktemp("root")
     archive_of(root / "imdb" / "aclImdb", mirror / LABELLED.name)

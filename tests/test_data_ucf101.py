@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.models import mobilenet_v2
 
 from skiprnn.data.base import MIRROR, DataError
-from skiprnn.data.ucf101 import UCF101, group_of, read_list
+from skiprnn.data.ucf101 import UCF101, cnn_flops, group_of, read_list
 from skiprnn.data.ucf101.__main__ import main
 from skiprnn.data.ucf101.extract import convert, extract, load_backbone, sample_frames
 from skiprnn.data.ucf101.store import FeatureStore, appending
@@ -354,6 +354,16 @@ def test_ucf101_splits_follow_the_lists_and_hold_out_whole_groups(root):
     assert groups == {"train": {8, 9, 10}, "validation": {11, 12}, "test": {1, 2}}
     ((_, targets, _),) = data.evaluation_batches("test")
     assert targets.tolist() == [0, 0, 1, 1]
+
+
+def test_what_a_frame_costs_is_of_the_backbone_in_the_store(root):
+    assert cnn_flops("mobilenet_v2") == pytest.approx(3.0e8, rel=0.01)  # Sandler et al. (2018), Table 4: 300M
+    assert loaded(root).input_flops is None  # made by hand
+    assert loaded(root).note == "2 of 101 classes, 14 clips, features by by hand"
+    store = root / "ucf101" / "store" / "store.json"
+    store.write_text(store.read_text().replace("by hand", "resnet50"))
+    assert loaded(root).input_flops == 3.8e9
+    assert loaded(root).note.endswith("14 clips, features by resnet50 (3.8e9 multiplications for each frame used)")
 
 
 def test_ucf101_batches_are_the_clips_features_cropped_and_padded(root):
