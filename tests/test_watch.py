@@ -32,9 +32,11 @@ def read_log(path: Path) -> Iterator[bytes]:
 
 
 def read_page(folder: Path) -> dict:
-    """What an offline run's file holds: the run, its config, one dict per epoch, the last summary, the media."""
+    """What an offline run's file holds: the run, its config, one dict per call of wandb.log, the last summary."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its service writes the last block when it ends
     (file,) = folder.glob("*.wandb")
     page: dict = {"history": [], "summary": {}}
 
