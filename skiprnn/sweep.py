@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -39,10 +40,11 @@ def run(
         todo.sort(key=lambda one: -seconds[one.row.label])  # the longest first: none is left alone at the end
     except train.USER_ERRORS as error:
         sys.exit(f"error: {error}")
-    returns = launch([list(one.overrides) for one in todo]) if todo else []
+    packs = packed(todo)
+    returns = launch([overrides(pack) for pack in packs]) if packs else []
     failures = [
-        f"  {one.run.name}: {result._return_value}"
-        for one, result in zip(todo, returns, strict=True)
+        f"  {', '.join(one.run.name for one in pack)}: {result._return_value}"
+        for pack, result in zip(packs, returns, strict=True)
         if result.status != JobStatus.COMPLETED
     ]
     if experiment:
@@ -50,6 +52,28 @@ def run(
         print(tables.publish(experiment, planned))
     if failures:
         sys.exit("\n".join([f"error: {len(failures)} of {len(planned)} runs failed:", *failures]))
+
+
+def packed(todo: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The runs of each job: seeds of a row side by side, as many as `pack` says or, on a GPU, all of them."""
+    jobs: list[list[PlannedRun]] = []
+    for one in todo:
+        size = one.run.pack or (len(todo) if train.device_of(one.run).type == "cuda" else 1)
+        for job in jobs:
+            if len(job) < size and replace(job[0].run, seed=one.run.seed) == one.run:
+                job.append(one)
+                break
+        else:
+            jobs.append([one])
+    return jobs
+
+
+def overrides(pack: Sequence[PlannedRun]) -> list[str]:
+    """What makes a job of these runs."""
+    if len(pack) == 1:
+        return [*pack[0].overrides, "pack=1"]
+    seeds = ",".join(str(one.run.seed) for one in pack)
+    return [*pack[0].overrides, f"pack={len(pack)}", f"seeds=[{seeds}]"]
 
 
 def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int) -> dict[str, float]:
