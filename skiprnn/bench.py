@@ -256,11 +256,17 @@ def main() -> None:
     for column, environment in (("default", {}), ("tuned", TUNED)):
         report[column] = child(passed, environment)
     report["memory"] = {name: child(["--memory", name], {})["bytes"] for name in ("torch", "1", "2", "10")}
+    if torch.cuda.is_available():
+        from skiprnn import bench_gpu
+
+        report["gpu"] = bench_gpu.measure(torch.device("cuda"), arguments.repetitions)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "bench.json").write_text(json.dumps(report, indent=1))
     plot(report, arguments.output / "time-against-rate.png")
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table(report))
+    if "gpu" in report:
+        console.print(bench_gpu.table(report["gpu"]))
     torch_bytes = report["memory"]["torch"]
     shares = [f"{RATES[int(n)]}: {b / torch_bytes:.2f}" for n, b in report["memory"].items() if n != "torch"]
     console.print(f"memory of a training step, Skip LSTM / nn.LSTM ({math.ceil(torch_bytes / 2**20)} MiB): {shares}")

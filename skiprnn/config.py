@@ -95,6 +95,7 @@ class RunConfig:
     output: str = "outputs"  # where run folders are made
     engine: str = "auto"
     device: str = "auto"  # auto | cpu | cuda
+    pack: int | None = None  # runs of a row that a job trains at once; None: all on a GPU, one on a CPU
     threads: int | None = None  # CPU threads; None: torch's choice
     logger: dict[str, Any] = dataclasses.field(default_factory=dict)
     profile: dict[str, Any] = dataclasses.field(default_factory=dict)  # name and note of the protocol, for captions
@@ -103,6 +104,7 @@ class RunConfig:
     def __post_init__(self):
         _require(self.engine in ("auto", *ENGINES), f"engine={self.engine}: there are auto, {', '.join(ENGINES)}")
         _require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: there are auto, cpu, cuda")
+        _require(self.pack is None or self.pack > 0, f"pack={self.pack}: must be at least 1")
         _require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be at least 1")
 
     @classmethod

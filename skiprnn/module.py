@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from skiprnn import metrics
 from skiprnn.config import ModelConfig, RunConfig
 from skiprnn.data.base import SequenceData
-from skiprnn.recurrent import Recurrent
+from skiprnn.recurrent import Recurrent, RecurrentState
 
 
 class DivergedError(RuntimeError):
@@ -60,8 +60,16 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, I), or token ids (B, T) -> prediction (B, C), updates (B, T) or (B, T, H)."""
-        _, state, updates = self.rnn(x if self.embedding is None else self.embedding(x), lengths=lengths)
-        return self.readout(self.dropout(state.h[-1])), updates
+        _, state, updates = self.rnn(self.embed(x), lengths=lengths)
+        return self.read(state), updates
+
+    def embed(self, x: Tensor) -> Tensor:
+        """What the recurrent network reads, (B, T, I)."""
+        return x if self.embedding is None else self.embedding(x)
+
+    def read(self, state: RecurrentState) -> Tensor:
+        """The prediction (B, C) from the last state."""
+        return self.readout(self.dropout(state.h[-1]))
 
 
 class SequenceModule(lightning.LightningModule):
@@ -89,6 +97,10 @@ class SequenceModule(lightning.LightningModule):
         """Task loss + λ * state updates, mean over the batch; adds the batch to the stage's sums."""
         inputs, targets, lengths = batch
         prediction, updates = self.network(inputs, lengths)
+        return self.count(prediction, updates, targets, stage)
+
+    def count(self, prediction: Tensor, updates: Tensor, targets: Tensor, stage: str) -> Tensor:
+        """As losses, from what the network gave."""
         task = metrics.task_loss(self.data.task, prediction, targets)
         counts = metrics.state_updates(updates)
         budget = self.cost_per_sample * counts
@@ -104,7 +116,8 @@ class SequenceModule(lightning.LightningModule):
     def test_step(self, batch: Any, batch_index: int) -> None:
         self.losses(batch, "test")
 
-    def _begin(self, stage: str) -> None:
+    def begin(self, stage: str) -> None:
+        """Start the stage's sums and its random numbers."""
         self.sums[stage] = metrics.EpochSums(self.data.task, self.device)
         torch.manual_seed(stage_seed(self.seed, stage, self.current_epoch if stage == "train" else 0))
 
@@ -115,16 +128,16 @@ class SequenceModule(lightning.LightningModule):
         return self.protocol.learning_rate * min(1.0, left / (self.protocol.decay_epochs + 1))
 
     def on_train_epoch_start(self) -> None:
-        self._begin("train")
+        self.begin("train")
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.learning_rate
         self.network.rnn.policy.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
-        self._begin("validation")
+        self.begin("validation")
 
     def on_test_epoch_start(self) -> None:
-        self._begin("test")
+        self.begin("test")
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({key: self.results("validation")[key] for key in self.shown}, prog_bar=True, logger=False)

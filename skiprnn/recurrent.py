@@ -147,14 +147,21 @@ class Recurrent(nn.Module):
         Raises:
             ValueError: a shape or dtype that does not fit; the message names it.
         """
+        call = self.prepare(x, state, lengths)
+        return self.finish(*engines.ENGINES[self.engine_for(call[2])](*call))
+
+    def prepare(self, x: Tensor, state=None, lengths: Tensor | None = None) -> tuple:
+        """What an engine's run takes, from forward's arguments; the policy's decisions are drawn here."""
         x = self._checked(x if self.batch_first or x.dim() < 2 else x.transpose(0, 1), lengths)
         if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
             valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
             x = x.masked_fill(~valid.unsqueeze(2), 0)
         states, gate = self._unpack(state, x.shape[0])
         draw = self.policy.draw(x, sum(cell.hidden_size for cell in self.cells))
-        run = engines.ENGINES[self.engine_for(x)]
-        output, states, gate, updates = run(self.cells, self.policy, x, states, gate, draw, lengths)
+        return self.cells, self.policy, x, states, gate, draw, lengths
+
+    def finish(self, output: Tensor, states, gate, updates: Tensor) -> tuple[Tensor, RecurrentState, Tensor]:
+        """forward's results, from what an engine's run returned."""
         return output if self.batch_first else output.transpose(0, 1), self._pack(states, gate), updates
 
     def stream(self, state: RecurrentState | None = None) -> Stream:

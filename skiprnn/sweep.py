@@ -74,7 +74,8 @@ def launch_all(todo: Sequence[PlannedRun], launch: Callable[[list[list[str]]], S
     while todo:
         before = {one.run.name: one.folder.epochs_done() for one in todo}
         try:
-            returns = launch([list(one.overrides) for one in todo])
+            packs = packed(todo)
+            returns = launch([overrides(pack) for pack in packs])
         except BrokenExecutor as error:
             gained = any(one.folder.complete or one.folder.epochs_done() > before[one.run.name] for one in todo)
             todo = [one for one in todo if not one.folder.complete]
@@ -84,8 +85,8 @@ def launch_all(todo: Sequence[PlannedRun], launch: Callable[[list[list[str]]], S
             print(f"a process was killed; {len(todo)} runs are left, and continue", flush=True)
             continue
         return [
-            f"  {one.run.name}: {result._return_value}"
-            for one, result in zip(todo, returns, strict=True)
+            f"  {', '.join(one.run.name for one in pack)}: {result._return_value}"
+            for pack, result in zip(packs, returns, strict=True)
             if result.status != JobStatus.COMPLETED
         ]
     return []
@@ -101,6 +102,32 @@ def kind_of(one: PlannedRun) -> str:
     """What the time of a run depends on, λ and p_skip apart."""
     model = replace(one.run.model, cost_per_sample=0.0, p_skip=None if one.run.model.p_skip is None else 0.5)
     return repr((one.run.data, model, one.run.training))
+
+
+def packed(todo: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """The runs of each job: seeds of a row side by side, as many as `pack` says or, on a GPU, all of them.
+
+    A process has one wandb page at a time: runs with a page are alone.
+    """
+    jobs: list[list[PlannedRun]] = []
+    latest: dict[str, list[PlannedRun]] = {}  # the job of each row that may take another run
+    for one in todo:
+        alone = "wandb" in one.run.logger
+        size = 1 if alone else one.run.pack or (len(todo) if train.device_of(one.run).type == "cuda" else 1)
+        row = repr(replace(one.run, seed=0))
+        if row not in latest or len(latest[row]) >= size:
+            latest[row] = []
+            jobs.append(latest[row])
+        latest[row].append(one)
+    return jobs
+
+
+def overrides(pack: Sequence[PlannedRun]) -> list[str]:
+    """What makes a job of these runs."""
+    if len(pack) == 1:
+        return [*pack[0].overrides, "pack=1"]
+    seeds = ",".join(str(one.run.seed) for one in pack)
+    return [*pack[0].overrides, f"pack={len(pack)}", f"seeds=[{seeds}]"]
 
 
 def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int, here: bool) -> dict[str, float]:

@@ -11,7 +11,9 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -33,6 +35,7 @@ from skiprnn import metrics, watch
 from skiprnn.config import ConfigError, RunConfig
 from skiprnn.data.base import DataError, SequenceData
 from skiprnn.module import DivergedError, SequenceModule
+from skiprnn.pack import PackCheckpointIO, PackedModule, PackKeeper, RunDivergedError
 from skiprnn.runs import AtomicCheckpointIO, RunFolder, RunKeeper, load_weights, provenance, read_checkpoint
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -107,27 +110,38 @@ def make_loggers(run: RunConfig, folder: RunFolder) -> list[Logger]:
 
 def make_trainer(run: RunConfig, folder: RunFolder, device: torch.device) -> tuple[lightning.Trainer, RunKeeper]:
     """Lightning's trainer, set up for the run folder."""
-    bar = sys.stdout.isatty() and sys.stderr.isatty()
-    keeper = RunKeeper(folder, quiet=not bar)
-    trainer = lightning.Trainer(
+    keeper = RunKeeper(folder, quiet=not has_bar())
+    callbacks = [watch.UsagePictures(folder), keeper]
+    return lightning_trainer(run, folder, device, callbacks, AtomicCheckpointIO(), make_loggers(run, folder)), keeper
+
+
+def has_bar() -> bool:
+    """Whether progress is a bar on a terminal, rather than a line now and then."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def lightning_trainer(
+    run: RunConfig, folder: RunFolder, device: torch.device, callbacks, checkpoints, loggers, epochs: int | None = None
+) -> lightning.Trainer:
+    """Lightning's trainer, by the run's protocol, or up to an earlier epoch."""
+    return lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
-        max_epochs=run.training.epochs,
+        max_epochs=epochs or run.training.epochs,
         gradient_clip_val=run.training.gradient_clip,
         limit_train_batches=run.training.train_batches or 1.0,
         limit_val_batches=run.training.evaluation_batches or 1.0,
         limit_test_batches=run.training.evaluation_batches or 1.0,
-        logger=make_loggers(run, folder),
-        callbacks=[watch.UsagePictures(folder), keeper, *([RichProgressBar(leave=False)] if bar else [])],
-        plugins=[AtomicCheckpointIO(), LightningEnvironment()],  # a SLURM job's requeueing is its launcher's
+        logger=loggers,
+        callbacks=[*callbacks, *([RichProgressBar(leave=False)] if has_bar() else [])],
+        plugins=[checkpoints, LightningEnvironment()],  # a SLURM job's requeueing is its launcher's
         default_root_dir=str(folder.path),
         enable_checkpointing=False,
-        enable_progress_bar=bar,
+        enable_progress_bar=has_bar(),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    return trainer, keeper
 
 
 def train(run: RunConfig) -> dict[str, Any]:
@@ -162,6 +176,68 @@ def train(run: RunConfig) -> dict[str, Any]:
         watch.close_page(folder.complete)
         lock.release()
     return folder.record()
+
+
+def train_packed(runs: Sequence[RunConfig]) -> None:
+    """Train several runs as one job, each as `train` would; the lagging ones first catch up. See skiprnn.pack.
+
+    Raises:
+        ConfigError, DataError: something is missing or does not fit.
+        DivergedError: runs whose loss became nan or infinite, after all others were trained to their end.
+    """
+    left = [run for run in runs if not RunFolder(run).complete]
+    diverged = []
+    with ExitStack() as stack:
+        for run in left:
+            stack.callback(RunFolder(run).open().release)
+        while left:
+            done = [epochs_done(RunFolder(run)) for run in left]
+            lagging = [run for run, epochs in zip(left, done, strict=True) if epochs == min(done)]
+            until = min((epochs for epochs in done if epochs > min(done)), default=lagging[0].training.epochs)
+            try:
+                _train_pack(lagging, until)
+                if until == lagging[0].training.epochs:
+                    left = [run for run in left if not RunFolder(run).complete]
+            except RunDivergedError as error:
+                failed = lagging[error.index]
+                RunFolder(failed).fail(error)
+                diverged.append(f"{failed.name}: {error}")
+                left.remove(failed)
+            except USER_ERRORS as error:
+                for run in left:
+                    RunFolder(run).fail(error)
+                raise
+    if diverged:
+        raise DivergedError("; ".join(diverged))
+
+
+def epochs_done(folder: RunFolder) -> int:
+    """Epochs in the last checkpoint."""
+    return read_checkpoint(folder.last)["epoch"] + 1 if folder.last.exists() else 0
+
+
+def _train_pack(runs: Sequence[RunConfig], until: int) -> None:
+    """Train runs of equal progress in lockstep up to an epoch; write their records if it is the last."""
+    first, folders = runs[0], [RunFolder(run) for run in runs]
+    device = device_of(first)
+    prepare_process(first)
+    modules = [make_module(run, device) for run in runs]
+    keepers = [RunKeeper(folder, quiet=not has_bar()) for folder in folders]
+    loggers = [make_loggers(run, folder) for run, folder in zip(runs, folders, strict=True)]
+    pictures = [watch.UsagePictures(folder) for folder in folders]
+    keeper, checkpoints = PackKeeper(keepers, pictures, loggers), PackCheckpointIO(folders)
+    trainer = lightning_trainer(first, folders[0], device, [keeper], checkpoints, False, until)
+    resume = folders[0].last.exists()
+    for module, folder in zip(modules, folders, strict=True):
+        if resume:
+            load_weights(module, read_checkpoint(folder.last), folder.last)  # for its clear errors
+    trainer.fit(PackedModule(modules), ckpt_path=folders[0].last if resume else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if until < first.training.epochs:
+        return
+    for run, folder, module, one in zip(runs, folders, modules, keepers, strict=True):
+        folder.finish(make_record(run, folder, module, trainer, one) | {"pack": len(runs)})
 
 
 def make_record(run, folder, module, trainer, keeper) -> dict[str, Any]:
@@ -247,6 +323,9 @@ def main(config: DictConfig) -> dict[str, Any] | None:
         run = configs.read(config)
         if run.experiment and HydraConfig.get().mode == RunMode.RUN:
             raise ConfigError(f"experiment={run.experiment} is many runs: add -m")
+        if (run.pack or 1) > 1:
+            train_packed([replace(run, seed=seed) for seed in config["seeds"]])
+            return None
         record = train(run)
     except USER_ERRORS as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -112,6 +112,7 @@ class SequenceData(ABC):
     input_size: int  # I; for text the model's embedding decides, see vocabulary_size
     vocabulary_size: int | None = None  # distinct token ids; None where the inputs are numbers
     steps: int  # T
+    image: tuple[int, int] | None = None  # rows and columns, where the steps are an image's pixels
     outputs: int  # classes, or 1
     task: str  # "classification" | "regression"
     examples: dict[str, int]  # per split; for generated data, what an epoch draws

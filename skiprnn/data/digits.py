@@ -21,6 +21,7 @@ class SequentialDigits(StoredData):
     """
 
     input_size, steps, outputs, task = 1, 64, 10, "classification"
+    image = (8, 8)
 
     def __init__(self, batch_size: int = 64, seed: int = 0, root: str = "data", drop_last: bool = False):
         super().__init__(batch_size, seed, root, drop_last)

@@ -24,6 +24,7 @@ class SequentialMNIST(StoredData):
     """
 
     input_size, steps, outputs, task = 1, 784, 10, "classification"
+    image = (28, 28)
 
     def __init__(self, batch_size: int = 256, seed: int = 0, root: str = "data", drop_last: bool = True):
         super().__init__(batch_size, seed, root, drop_last)

@@ -1,0 +1,121 @@
+"""How long the GPU engine takes, relative to cuDNN's LSTM and GRU in the same process: a part of skiprnn.bench.
+
+Medians of repetitions that alternate with cuDNN's, timed by device events. Inputs, update rates and networks as there;
+"packed" is one step of so many Skip LSTMs side by side. Floors: the time that the products of a step would take at the
+speed of a large product in the same precision, and that its states and gates would take at the speed of a copy.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from skiprnn import GRU, LSTM, SAGRU, bench, engines
+from skiprnn.recurrent import Recurrent
+
+SHAPE = bench.SHAPES["mnist"]
+PACKS = (1, 4, 8, 24)
+GATES = {"lstm": 4, "gru": 3}
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, by the device's own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    function()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def medians(functions: dict[str, Callable[[], object]], repetitions: int, device: torch.device) -> dict[str, float]:
+    """The median seconds of each, all run in turn after two rounds to warm up (and to compile)."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 2):
+        for name, function in functions.items():
+            taken = seconds(function, device)
+            if repetition > 1:
+                times[name].append(taken)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def packed_step(networks: list[Recurrent], x: Tensor, train: bool) -> None:
+    """One step of all networks on the same batch."""
+    with torch.set_grad_enabled(train):
+        results = engines.run_packed(networks[0].engine_for(x), [rnn.prepare(x) for rnn in networks])
+        if train:
+            sum(states[-1][0].square().sum() + 1e-4 * u.sum() for _, states, _, u in results).backward()
+            for rnn in networks:
+                rnn.zero_grad(set_to_none=True)
+
+
+def functions(shape, train: bool, device: torch.device, engine: str, packs=PACKS) -> dict[str, Callable[[], object]]:
+    """What is measured: cuDNN's first, by cell."""
+    batch, steps, inputs, hidden, _ = shape
+    x = torch.rand(batch, steps, inputs, device=device)
+    task = bench.train if train else bench.infer
+    found: dict[str, Callable[[], object]] = {}
+    for cell, plain in (("lstm", LSTM), ("gru", GRU)):
+        found[f"cuDNN {cell}"] = partial(task, bench.TORCH[cell](inputs, hidden, batch_first=True).to(device), x)
+        found[cell] = partial(task, plain(inputs, hidden, engine=engine).to(device), x)
+        for period, rate in bench.RATES.items():
+            rnn = bench.skip_network(cell, shape, period, engine).to(device)
+            found[f"skip {cell} {rate}"] = partial(task, rnn, x)
+    found["sa gru"] = partial(task, SAGRU(inputs, hidden, engine=engine).to(device), x)
+    for count in packs:
+        networks = [bench.skip_network("lstm", shape, 1, engine).to(device) for _ in range(count)]
+        found[f"skip lstm 100 %, {count} packed"] = partial(packed_step, networks, x, train)
+    return found
+
+
+def floors(shape, train: bool, device: torch.device, repetitions: int, size: int = 4096) -> dict[str, dict[str, float]]:
+    """Seconds of arithmetic and of memory traffic that a step of each cell cannot go below."""
+    batch, steps, inputs, hidden, _ = shape
+    a, b = torch.rand(2, size, size, device=device).to(torch.float16 if device.type == "cuda" else torch.float32)
+    values = torch.empty(64 * size * size // 16, device=device)
+    measured = medians({"product": lambda: a @ b, "copy": values.clone}, repetitions, device)
+    flops = 2 * size**3 / measured["product"]
+    bandwidth = 2 * values.numel() * values.element_size() / measured["copy"]
+    result = {}
+    for cell, gates in GATES.items():
+        multiplied = 2 * batch * steps * gates * hidden * (inputs + hidden) * (3 if train else 1)
+        # h once in inference; in training also c and the gates, written once and read once, and the gates' gradients
+        kept = batch * steps * hidden * 4
+        moved = kept * (2 * (1 + (cell == "lstm") + gates) + 2 * gates) if train else kept
+        result[cell] = {"arithmetic": multiplied / flops, "memory": moved / bandwidth}
+    return result
+
+
+def measure(
+    device: torch.device, repetitions: int, shape=SHAPE, engine: str = "triton", packs=PACKS, size: int = 4096
+) -> dict:
+    """All measurements."""
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    report: dict = {"device": name, "cudnn": torch.backends.cudnn.version(), "shape": list(shape), "times": {}}
+    for task in ("train", "infer"):
+        train = task == "train"
+        report["times"][task] = medians(functions(shape, train, device, engine, packs), repetitions, device)
+        report.setdefault("floors", {})[task] = floors(shape, train, device, repetitions, size)
+    return report
+
+
+def table(report: dict) -> Table:
+    """Times relative to cuDNN's network of the same cell, and how near the floors are."""
+    result = Table("task", "network", "ms", "/ cuDNN", "% of arithmetic", "% of memory", title=report["device"])
+    for task, times in report["times"].items():
+        for name, taken in times.items():
+            cell = "gru" if "gru" in name else "lstm"
+            runs = int(name.split()[-2]) if name.endswith("packed") else 1
+            floor = report["floors"][task][cell]
+            shares = [f"{100 * runs * floor[kind] / taken:.1f}" for kind in ("arithmetic", "memory")]
+            result.add_row(task, name, f"{1e3 * taken:.3f}", f"{taken / times[f'cuDNN {cell}']:.2f}", *shares)
+    return result

@@ -1,0 +1,115 @@
+"""Runs packed into one job end as if each had been alone, bit for bit, whatever was trained alone before."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import SMALL, command
+from test_runs import assert_same_outcome
+
+from skiprnn import runs, train
+from skiprnn.module import DivergedError
+
+MODELS = {
+    "skip": ["model=skip_lstm", "model.cost_per_sample=1e-3"],
+    "random steps": ["model=random_skip_gru", "model.dropout=0.2"],
+}
+SHORT = ["training.epochs=3", "+training.train_batches=2"]
+
+
+@pytest.fixture
+def seeds(small_run, tmp_path):
+    """A function: overrides -> three runs of one row in a folder of their own."""
+
+    def make(folder: str, *overrides: str):
+        run = small_run(*SHORT, *overrides, f"output={tmp_path / folder}")
+        return [replace(run, seed=seed) for seed in (0, 1, 2)]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def records_without_pack(monkeypatch):
+    """A record says how many runs shared the job; nothing else may differ."""
+    record = runs.RunFolder.record
+    monkeypatch.setattr(
+        runs.RunFolder, "record", lambda self: {k: v for k, v in record(self).items() if k not in ("pack", "threads")}
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_pack_equals_single_runs(model, seeds):
+    alone, packed = seeds("alone", *MODELS[model]), seeds("packed", *MODELS[model])
+    for run in alone:
+        train.train(run)
+    train.train_packed(packed)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
+def stop_after(monkeypatch, epochs: int) -> None:
+    """Runs are interrupted when their keepers have written so many epochs."""
+    end = runs.RunKeeper.on_train_epoch_end
+
+    def stop(self, trainer, module):
+        end(self, trainer, module)
+        if trainer.current_epoch + 1 >= epochs:
+            raise InterruptedError
+
+    monkeypatch.setattr(runs.RunKeeper, "on_train_epoch_end", stop)
+
+
+def test_a_pack_continues_runs_begun_alone(seeds, monkeypatch):
+    """One run is an epoch ahead, one has begun, one has not."""
+    alone, packed = seeds("alone"), seeds("packed")
+    for run in alone:
+        train.train(run)
+    for run, epochs in zip(packed, (2, 1), strict=False):
+        with monkeypatch.context() as patch:
+            stop_after(patch, epochs)
+            with pytest.raises(InterruptedError):
+                train.train(run)
+    train.train_packed(packed)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
+def test_single_runs_continue_a_pack(seeds, monkeypatch):
+    alone, packed = seeds("alone"), seeds("packed")
+    for run in alone:
+        train.train(run)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)  # the first run's checkpoint is an epoch ahead of the others'
+        with pytest.raises(InterruptedError):
+            train.train_packed(packed)
+    for run in packed:
+        train.train(run)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
+def test_a_diverged_run_leaves_the_others_alone(seeds, monkeypatch):
+    alone, packed = seeds("alone"), seeds("packed")
+    results = train.SequenceModule.results
+
+    def diverging(self, stage):
+        if self.seed == 1 and self.current_epoch == 1:
+            raise DivergedError("the loss became nan")
+        return results(self, stage)
+
+    for run in (alone[0], alone[2]):
+        train.train(run)
+    monkeypatch.setattr(train.SequenceModule, "results", diverging)
+    with pytest.raises(DivergedError, match=r"seed1_.*: the loss became nan"):
+        train.train_packed(packed)
+    assert runs.RunFolder(packed[1]).failure_file.exists()
+    assert not runs.RunFolder(packed[1]).complete
+    for index in (0, 2):
+        assert_same_outcome(runs.RunFolder(alone[index]), runs.RunFolder(packed[index]))
+
+
+def test_a_sweep_packs_the_seeds_of_a_row(tmp_path):
+    grid = ["-m", "model=gru", "seed=0,1,2", "pack=2", *SMALL, *SHORT]
+    done = command(*grid, "training.epochs=1", f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    packs = sorted(record.read_text().count('"pack": 2') for record in tmp_path.rglob("record.json"))
+    assert packs == [0, 1, 1]
