@@ -193,7 +193,7 @@ def test_the_caption_states_the_protocol(planned):
     assert "λ = 0" not in caption
     shortened = tables.caption(experiments.load("table1"), plan("table1", "mnist/cpu"))
     assert "epochs instead of 600" in shortened
-    assert "λ = 0 before epoch 3;" in shortened
+    assert "λ = 0 before epoch 2;" in shortened
     assert "learning rate 0.0005 (falling after epoch 5)," in shortened
 
 
