@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CONF, command, compose, make_small_ucf101
 
-from skiprnn import config, evaluate, experiments, train
+from skiprnn import config, experiments, train
 from skiprnn.config import ConfigError
 from skiprnn.data.base import DataError
 
@@ -139,21 +139,3 @@ def test_missing_data_names_both_ways_out(tmp_path, monkeypatch, small_run):
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])
     with pytest.raises(DataError, match="connect to the internet, or set SKIPRNN_MIRROR"):
         train.train(small_run("data=mnist", f"data_root={tmp_path}"))
-
-
-def test_evaluate_gives_the_recorded_numbers(small_run):
-    run = small_run("model=random_skip_gru", "training.epochs=2")
-    record = train.train(run)
-    path = train.RunFolder(run).path
-    assert evaluate.evaluate(path / "best.ckpt", device="cpu") == pytest.approx(record["best"]["test"], rel=1e-6)
-
-
-def test_evaluate_wants_a_checkpoint(tmp_path):
-    with pytest.raises(ConfigError, match="there is no such file"):
-        evaluate.evaluate(tmp_path / "none.ckpt")
-    (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
-    with pytest.raises(ConfigError, match="corrupt or no checkpoint"):
-        evaluate.evaluate(tmp_path / "other.ckpt")
-    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ConfigError, match=r"was not written by skiprnn\.train"):
-        evaluate.evaluate(tmp_path / "foreign.ckpt")

@@ -1,0 +1,132 @@
+"""SkipLSTM on your own time series: forecast a column of a CSV file, and see which samples the network reads.
+
+    python examples/own_time_series.py data.csv --target load --horizon 4
+    python examples/own_time_series.py                    # without a file: two noisy waves are drawn and stored
+
+Every row of the file is a step, every numeric column an input. The first 80 % of the rows are for training. From a
+window of rows the network says what the target is `horizon` rows later; a cost λ per row read makes it read fewer.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from skiprnn import SkipLSTM
+
+
+class Forecaster(nn.Module):
+    """Window x (B, T, I) -> forecast (B,), and which steps were read (B, T)."""
+
+    def __init__(self, inputs: int, hidden_size: int = 32):
+        super().__init__()
+        self.rnn = SkipLSTM(inputs, hidden_size)
+        self.readout = nn.Linear(hidden_size, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, state, updates = self.rnn(x)
+        return self.readout(state.h[-1]).squeeze(1), updates
+
+
+def made_up(path: Path, rows: int = 1500) -> None:
+    """Two noisy waves and a column that follows them."""
+    rng, time = np.random.default_rng(0), np.arange(rows)
+    fast, slow = np.sin(2 * np.pi * time / 12), np.sin(2 * np.pi * time / 60)
+    table = {"fast": fast + 0.1 * rng.standard_normal(rows), "slow": slow + 0.1 * rng.standard_normal(rows)}
+    pd.DataFrame(table | {"load": slow + 0.5 * fast + 0.1 * rng.standard_normal(rows)}).to_csv(path, index=False)
+
+
+def read(path: Path, target: str | None) -> tuple[pd.DataFrame, str]:
+    """The numeric columns, gaps filled with the value before; and the target's name, by default the last column's."""
+    try:
+        table = pd.read_csv(path).select_dtypes("number").ffill().bfill()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot read {path}: {error}")
+    if table.empty or (target and target not in table):
+        sys.exit(f"error: {path} has the numeric columns {', '.join(table) or '(none)'}; choose one by --target")
+    return table, target or table.columns[-1]
+
+
+def windows(values: Tensor, target: int, length: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """All windows of values (rows, I): x (N, length, I), and the target `horizon` rows after each, y (N,)."""
+    x = values.unfold(0, length, 1).transpose(1, 2)[: len(values) - length - horizon + 1]
+    return x.contiguous(), values[length + horizon - 1 :, target]
+
+
+def train(network: Forecaster, x: Tensor, y: Tensor, cost: float, epochs: int, batch_size: int = 64) -> None:
+    """Squared error + λ * rows read."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for epoch in range(epochs):
+        errors, read = [], []
+        for rows in torch.randperm(len(x)).split(batch_size):
+            forecast, updates = network(x[rows])
+            error = (forecast - y[rows]).square().mean()
+            optimizer.zero_grad()
+            (error + cost * updates.sum(1).mean()).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            errors.append(error.item())
+            read.append(updates.mean().item())
+        print(f"epoch {epoch + 1}/{epochs}  error {np.mean(errors):.4f}  rows read {100 * np.mean(read):.0f} %")
+
+
+def plot(path: Path, name: str, truth: Tensor, forecast: Tensor, window: Tensor, used: Tensor) -> None:
+    """The forecast over the held-out rows; below it one window, its used rows red and the skipped ones blue."""
+    figure = Figure((6, 4), layout="constrained")
+    above, below = figure.subplots(2)
+    above.plot(truth, color="black", linewidth=0.8, label=name)
+    above.plot(forecast, color="#d55e00", linewidth=0.8, label="forecast")
+    above.set_xlabel("held-out row")
+    above.legend(frameon=False, ncols=2, fontsize="small")
+    steps = torch.arange(1, len(window) + 1)
+    below.plot(steps, window, color="#bbbbbb", linewidth=0.6)
+    for chosen, colour, label in ((used, "#b2182b", "used"), (~used, "#2166ac", "skipped")):
+        below.plot(steps[chosen], window[chosen], "o", color=colour, markersize=3, label=label)
+    below.set(xlabel="row of the last window", ylabel=name)
+    below.legend(frameon=False, ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path, nargs="?", help="the data; made up if left out")
+    parser.add_argument("--target", help="the column to forecast (the last one)")
+    parser.add_argument("--window", type=int, default=48, help="rows that the network may read (%(default)s)")
+    parser.add_argument("--horizon", type=int, default=1, help="rows ahead (%(default)s)")
+    parser.add_argument("--cost", type=float, default=1e-3, help="λ: cost of a row read (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, default=Path("own_time_series.png"), help="(%(default)s)")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    if given.csv is None:
+        given.csv = given.plot.with_suffix(".csv")
+        made_up(given.csv)
+    table, target = read(given.csv, given.target)
+    held_out = len(table) // 5
+    if min(given.window, given.horizon) < 1 or held_out < given.window + given.horizon:
+        sys.exit(f"error: {len(table)} rows are too few for --window {given.window} and --horizon {given.horizon}")
+    values = torch.tensor(table.to_numpy(), dtype=torch.float32)
+    column, known = table.columns.get_loc(target), values[:-held_out]
+    mean, deviation = known.mean(0), known.std(0).clamp(min=1e-6)
+    x, y = windows((known - mean) / deviation, column, given.window, given.horizon)
+    network = Forecaster(values.shape[1])
+    train(network, x, y, given.cost, given.epochs)
+
+    x, y = windows((values[-held_out:] - mean) / deviation, column, given.window, given.horizon)
+    with torch.no_grad():
+        forecast, updates = network(x)
+    last_value = (x[:, -1, column] - y).square().mean()
+    print(f"held out: squared error {(forecast - y).square().mean():.4f} of the target's variance;", end=" ")
+    print(f"the last value as forecast: {last_value:.4f}; rows read: {100 * updates.mean():.0f} %")
+    truth, said, window = (part * deviation[column] + mean[column] for part in (y, forecast, x[-1, :, column]))
+    plot(given.plot, target, truth, said, window, updates[-1] > 0)
+    print(f"written to {given.plot}")
+
+
+if __name__ == "__main__":
+    main()

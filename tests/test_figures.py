@@ -1,0 +1,301 @@
+"""Pictures that show what was computed: means and ranges from known records, colours from the update gates."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SMALL, compose, make_small_ucf101
+from matplotlib.colors import to_rgb
+from test_data_ucf101 import film
+
+from skiprnn import config, experiments, figures, train, usage
+from skiprnn.config import ConfigError
+from skiprnn.data.base import MIRROR
+
+RED, BLUE = np.array(to_rgb(usage.USED)), np.array(to_rgb(usage.SKIPPED))
+
+
+def planned(output: Path, *arguments: str) -> list[experiments.PlannedRun]:
+    return experiments.requested([*arguments, f"output={output}"])[1]
+
+
+def finish(one: experiments.PlannedRun, steps: int = 64, **test: float) -> None:
+    """The record of a complete run, as far as figures read it."""
+    one.folder.path.mkdir(parents=True, exist_ok=True)
+    one.folder.finish({"best": {"test": test, "validation": test}, "steps": steps})
+
+
+# curves of numbers
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two seeds of each row of a λ sweep, whose accuracy and updates follow from λ, p_skip and seed."""
+    runs = planned(tmp_path, "experiment=sweep_digits", "profile=digits/sweep", "seed=0,1")
+    for one in runs:
+        model, sign = one.run.model, 1 - 2 * one.run.seed
+        used = 64 * (1 - (model.p_skip or 0)) - 3000 * model.cost_per_sample
+        finish(one, accuracy=0.5 + used / 200 + 0.01 * sign, state_updates=used + sign)
+        epochs = pd.DataFrame({"epoch": [0, 1]})
+        epochs["validation/accuracy"] = [0.3 + 0.1 * one.run.seed, 0.6]
+        epochs["validation/state_updates"] = [64.0, used]
+        epochs.to_csv(one.folder.path / "metrics.csv", index=False)
+    return runs
+
+
+def test_tradeoff_has_a_curve_per_model_with_its_means_and_deviations(sweep):
+    figure = figures.tradeoff(figures.complete(sweep))
+    assert [axes.get_title() for axes in figure.axes] == ["LSTM", "GRU"]
+    for axes in figure.axes:
+        drawn = {container.get_label(): container for container in axes.containers}
+        assert list(drawn) == ["every step updates", "random steps, p_skip at the points", "Skip RNN, λ at the points"]
+        line, _, (across, up) = drawn["Skip RNN, λ at the points"]
+        np.testing.assert_allclose(line.get_xdata(), [34, 55, 61, 64])  # λ = 1e-2, 3e-3, 1e-3, 0
+        np.testing.assert_allclose(line.get_ydata(), 0.5 + line.get_xdata() / 200)
+        for bars, deviation in ((across, np.sqrt(2)), (up, 0.01 * np.sqrt(2))):  # of +1 and -1
+            lengths = [np.abs(np.subtract(*segment)).max() for segment in bars.get_segments()]
+            np.testing.assert_allclose(lengths, 2 * deviation)
+        labels = [text.get_text() for text in axes.texts]
+        assert labels == ["", "0.75", "0.5", "0.25", "1e-2", "3e-3", "1e-3", "0"]
+
+
+def test_the_same_figure_is_the_same_file(sweep, tmp_path):
+    rows = figures.complete(sweep)
+    names = ("one", "other")
+    one, other = ([file.read_bytes() for file in figures.write(figures.tradeoff(rows), tmp_path / n)] for n in names)
+    assert one == other
+    assert b"CreationDate" not in one[0]
+
+
+def test_tradeoff_needs_two_budgets(tmp_path):
+    runs = planned(tmp_path, "experiment=digits", "profile=digits/cpu", "seed=0")
+    for one in runs:
+        finish(one, accuracy=0.9, state_updates=60)
+    with pytest.raises(ConfigError, match="two values of λ or p_skip"):
+        figures.tradeoff(figures.complete(runs))
+
+
+def test_errors_are_drawn_on_a_logarithmic_scale(tmp_path):
+    runs = planned(tmp_path, "experiment=sweep_adding", "profile=adding/sweep", "seed=0")
+    for number, one in enumerate(runs, start=1):
+        finish(one, steps=50, mse=0.01 * number, state_updates=40)
+    assert {axes.get_yscale() for axes in figures.tradeoff(figures.complete(runs)).axes} == {"log"}
+
+
+def test_curves_show_mean_and_range_over_the_seeds(sweep):
+    rows = figures.panels(figures.complete(sweep))["LSTM"]
+    accuracy, updates = figures.curves(rows).axes
+    assert [line.get_label() for line in accuracy.lines][:2] == ["LSTM", "LSTM, random, p = 0.25"]
+    for line, shade in zip(accuracy.lines, accuracy.collections, strict=True):
+        np.testing.assert_allclose(line.get_xydata(), [[1, 0.35], [2, 0.6]])
+        first = shade.get_paths()[0].vertices
+        assert {round(y, 9) for x, y in first if x == 1} == {0.3, 0.4}
+    skip = next(line for line in updates.lines if line.get_label() == "Skip LSTM, λ = 1e-2")
+    np.testing.assert_allclose(skip.get_ydata(), [64, 34])
+    assert len({tuple(line.get_color()) for line in accuracy.lines}) == len(rows)
+
+
+def test_rows_of_other_data_settings_are_in_panels_of_their_own(tmp_path):
+    runs = planned(tmp_path, "experiment=frequency", "profile=frequency/smoke")
+    for one in runs:
+        finish(one, accuracy=0.9, state_updates=60)
+    rows = figures.complete(runs)
+    panels = figures.panels(rows)
+    assert list(panels) == [f"{cell}, sampling_period = {p}" for p in (1.0, 0.5) for cell in ("LSTM", "GRU")]
+    assert sum(map(len, panels.values())) == len(rows)
+
+
+def test_only_complete_runs_count_and_the_best_on_validation_is_shown(tmp_path):
+    runs = planned(tmp_path, "experiment=sweep_adding", "profile=adding/sweep", "rows=[6]", "seed=0,1,2,3")
+    for one, error in zip(runs, (0.3, 0.1, 0.2), strict=False):
+        finish(one, mse=error, state_updates=40)
+        one.folder.best.touch()
+    (row,) = figures.complete(runs)
+    assert len(row.runs) == 3
+    assert row.test("mse") == (pytest.approx(0.2), pytest.approx(0.1))
+    assert row.best() == runs[1].folder
+    for one in runs:
+        one.folder.best.unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match="the checkpoint is not"):
+        row.best()
+
+
+# what a network reads
+
+
+def lively(*overrides: str) -> train.SequenceModule:
+    """An untrained network that uses some samples and skips others."""
+    run = config.read(compose([*SMALL, *overrides]))
+    module = train.make_module(run, torch.device("cpu")).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.network.rnn.policy.parameters():
+            parameter.normal_(std=1.5)
+        if run.model.policy == "skip":
+            module.network.rnn.policy.bias.fill_(-0.5)
+    return module
+
+
+@torch.no_grad()
+def gates(module, row: int) -> np.ndarray:
+    """The update gates of one test sequence, on its own."""
+    inputs, _, lengths = module.data.splits["test"].take(torch.tensor([row]))
+    return module.network(inputs, lengths)[1][0].numpy() > 0
+
+
+def test_used_pixels_are_red_and_skipped_ones_blue():
+    module = lively("model=skip_lstm")
+    shown = usage.examples(module, 10)
+    assert [example.target for example in shown] == list(range(10))
+    figure = usage.usage(module)
+    for example, axes in zip(shown, figure.axes, strict=True):
+        used = gates(module, example.row)
+        assert 0 < used.mean() < 1
+        pixels = np.asarray(axes.images[0].get_array()).reshape(64, 3)
+        blank = module.data.splits["test"].inputs[example.row, :, 0].numpy() == 0
+        np.testing.assert_allclose(pixels[blank], np.where(used[:, None], RED, BLUE)[blank])
+        assert np.array_equal(pixels[:, 0] > pixels[:, 2], used), "the ink's colour tells as well"
+        assert f"{100 * used.mean():.0f} % used" in axes.get_title()
+
+
+@pytest.mark.parametrize("data", ["adding", "frequency"])
+def test_used_samples_are_red_and_skipped_ones_blue(data):
+    module = lively("model=skip_gru", f"data={data}", "training.batch_size=8")
+    figure = usage.usage(module)
+    shown = usage.examples(module, len(figure.axes))
+    for example, axes in zip(shown, figure.axes, strict=True):
+        dots = {line.get_color(): line.get_xdata() for line in axes.lines if line.get_marker() == "o"}
+        assert np.array_equal(dots[usage.USED], np.flatnonzero(example.updates) + 1)
+        assert np.array_equal(dots[usage.SKIPPED], np.flatnonzero(~example.updates) + 1)
+        assert f"{example.updates.sum()} of {module.data.steps} used" in axes.get_title("left")
+        if data == "adding":
+            (marks,) = (line.get_xdata() for line in axes.lines if line.get_marker() == "v")
+            assert np.array_equal(marks, np.flatnonzero(example.inputs[:, 1]) + 1)
+            assert f"sum {example.target:.3f}" in axes.get_title("left")
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+    """Overrides for a few reviews of made-up words, with signs that HTML and matplotlib read otherwise."""
+    monkeypatch.delenv(MIRROR, raising=False)
+    for part in ("train", "test"):
+        for label in ("neg", "pos"):
+            folder = tmp_path / "imdb" / "aclImdb" / part / label
+            folder.mkdir(parents=True)
+            for number in range(10):
+                text = " ".join(f"word{(number + k) % 7}" for k in range(30))
+                (folder / f"{number}_5.txt").write_text(f"<i> $5 & $6 {text}", "utf-8")
+    return ["data=imdb", "data.length=60", "+data.reviews_per_class=10", f"data_root={tmp_path}"]
+
+
+def test_read_words_are_marked(reviews, tmp_path):
+    module = lively("model=skip_gru", "model.embedding_size=8", *reviews)
+    page = usage.words_page(module, 4)
+    shown = usage.examples(module, 4)
+    assert [example.target for example in shown] == [0, 1, 0, 1]
+    paragraphs = re.findall(r"<p>(<(?:b|span)>&lt;.*)</p>", page)
+    vocabulary = module.data.words()
+    figure = usage.usage(module)
+    figures.write(figure, tmp_path / "words")  # draws: "$" must not be taken for mathematics
+    for index, example in enumerate(shown):
+        length = (example.inputs != 0).sum()
+        read = [vocabulary[token] for token in example.inputs[:length][example.updates[:length]]]
+        marked = re.findall(r"<b>(.*?)</b>", paragraphs[index])
+        assert 0 < len(read) < length
+        assert [word.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for word in marked] == read
+        assert f"{len(read)} of {length} words read" in page
+    red = [text.get_text().replace(r"\$", "$") for text in figure.texts if text.get_color() == usage.USED]
+    assert sorted(red) == sorted(
+        vocabulary[token]
+        for example in shown[:2]
+        for token, used in zip(example.inputs, example.updates, strict=True)
+        if used and token
+    )
+
+
+def test_frames_used_are_on_the_timeline_and_shown_where_there_is_a_video(tmp_path, monkeypatch):
+    make_small_ucf101(tmp_path)
+    monkeypatch.delenv(MIRROR, raising=False)
+    module = lively("model=skip_lstm", "data=ucf101", f"data_root={tmp_path}")
+    figure = usage.usage(module)
+    assert [len(band.axes) for band in figure.subfigs] == [1] * 5
+    for example, band in zip(usage.examples(module, 5), figure.subfigs, strict=True):
+        used, frames = gates(module, example.row), module.data.clips["test"][example.row].frames
+        (strip,) = np.asarray(band.axes[-1].images[0].get_array())
+        np.testing.assert_allclose(strip[:frames], np.where(used[:frames, None], RED, BLUE))
+        assert (strip[frames:].min(1) > strip[:frames].min()).all()  # padding is paler
+        assert f"{used[:frames].sum()} of {frames} frames used" in band.get_suptitle()
+    clip = module.data.clips["test"][9]
+    film(tmp_path / "ucf101" / "videos" / clip.action / f"{clip.name}.avi", [100] * clip.frames, 25)
+    first = usage.usage(module).subfigs[0]
+    assert len(first.axes) == 8 + 1
+    used = gates(module, 9)[: clip.frames]
+    stills = usage._stills(used, 8)
+    borders = [axes.spines["left"].get_edgecolor()[:3] for axes in first.axes[:8]]
+    np.testing.assert_allclose(borders, np.where(used[stills][:, None], RED, BLUE))
+
+
+def test_stills_are_used_frames_before_skipped_ones():
+    used = np.isin(np.arange(20), [0, 3, 17])
+    assert set(usage._stills(used, 5)) == {0, 3, 17, 1, 19}
+    assert usage._stills(~used, 5) == [1, 6, 10, 14, 19]  # every fourth of the 17
+    assert usage._stills(used[:3], 5) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("data", ["digits", "adding"])
+def test_neurons_are_shown_step_by_step(data):
+    module = lively("model=sa_gru", "model.num_layers=2", f"data={data}", "training.batch_size=8")
+    (example,) = usage.examples(module, 1)
+    figure = usage.neurons(module)
+    raster, share = figure.axes[-2:]
+    shown = np.asarray(raster.images[0].get_array())
+    assert shown.shape == (12, module.data.steps)
+    assert 0 < shown.mean() < 1
+    for layer in (slice(0, 6), slice(6, 12)):  # each layer's neurons together, the busiest on top
+        busy = shown[layer].sum(1)
+        assert list(busy) == sorted(busy, reverse=True)
+        assert sorted(map(bytes, shown[layer])) == sorted(map(bytes, example.updates.T[layer].copy()))
+    np.testing.assert_allclose(share.patches[0].get_data().values, 100 * shown.mean(0))
+
+
+def test_data_without_a_picture_say_so():
+    module = lively("model=skip_lstm")
+    module.data = type("Odd", (), {"image": None, "input_size": 9})()
+    with pytest.raises(ConfigError, match="no picture of Odd yet"):
+        usage.usage(module)
+
+
+# the command
+
+
+def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsys):
+    arguments = ["experiment=digits", "profile=digits/smoke", *SMALL, "training.epochs=1", "rows=[1,3,8]"]
+    arguments += ["+training.train_batches=1", "+training.evaluation_batches=1"]
+    runs = planned(tmp_path, *arguments)
+    for one in runs[1:]:
+        train.train(one.run)
+    target = tmp_path / "published"
+    figures.main([*arguments, f"output={tmp_path}", f"publish={target}"])
+    printed = capsys.readouterr().out
+    assert "2 of 3 runs are complete" in printed
+    assert "left out: tradeoff: no model has complete runs with two values" in printed
+    written = sorted(file.name for file in (target / "figures").iterdir())
+    names = ["curves-gru", "curves-lstm", "neurons-3-sa_gru_lambda0.0001", "usage-2-skip_lstm_lambda0.0001"]
+    assert written == [f"{name}{suffix}" for name in names for suffix in (".pdf", ".png")]
+    assert all(file.read_bytes().startswith((b"%PDF", b"\x89PNG")) for file in (target / "figures").iterdir())
+    for one in runs[1:]:
+        one.folder.best.unlink()
+        (one.folder.path / "metrics.csv").unlink()
+    capsys.readouterr()
+    figures.main([*arguments, f"output={tmp_path}", "hydra/launcher=processes"])
+    assert capsys.readouterr().out.count("left out: ") == 5
+
+
+def test_nothing_to_draw_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="error: experiment=NAME is missing: which figures"):
+        figures.main([f"output={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"error: output=.*: none of the 8 runs is complete"):
+        figures.main(["experiment=digits", "profile=digits/smoke", f"output={tmp_path}"])
