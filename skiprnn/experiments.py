@@ -23,6 +23,7 @@ from skiprnn.runs import RunFolder, write_atomically
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 CONF = FOLDER.with_name("conf")
+HOW = ("output", "data_root", "engine", "device", "threads", "logger")  # settings that are no part of what a run is
 COLUMNS = ("accuracy", "state_updates", "inference_flops")
 
 
@@ -218,14 +219,15 @@ class _Reader:
 class SavedPlan:
     """What a sweep planned, as it is kept in OUTPUT/sweeps/ for whoever watches."""
 
-    experiment: Experiment  # its rows are the planned ones; of a plain grid, the title is the command
+    experiment: Experiment  # its rows are the planned ones; of a plain grid, the title is what the command asks for
     command: str  # the overrides, as typed
     planned: tuple[PlannedRun, ...]
 
 
 def save_plan(experiment: Experiment | None, command: str, planned: Sequence[PlannedRun]) -> None:
     """Keep a sweep's plan; the same runs, planned again, replace it. A row's runs differ in the seed alone."""
-    experiment = experiment or Experiment("", command, "", ())
+    told = [one for one in command.split() if one.split("=")[0] not in HOW]
+    experiment = experiment or Experiment("", " ".join(told), "", ())
     rows: dict[str, dict[str, Any]] = {}
     for one in planned:
         identity = one.run.identity

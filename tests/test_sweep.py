@@ -268,9 +268,9 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
 def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
-        experiments.save_plan(None, "seed=0,3", planned)
+        experiments.save_plan(None, "seed=0,3 threads=1", planned)
     (saved,) = experiments.saved_plans(tmp_path)
-    assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3")
+    assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
 
