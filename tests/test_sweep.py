@@ -212,7 +212,7 @@ def test_sweep_starts_again_with_what_is_left(tmp_path):
         launches.append(len(jobs))
         if len(jobs) == 1:
             return [JobReturn(status=JobStatus.COMPLETED)]
-        (one,) = [one for one in todo if list(one.overrides) == jobs[0]]
+        (one,) = [one for one in todo if sweep.overrides([one]) == jobs[0]]
         one.folder.path.mkdir(parents=True)
         one.folder.finish({})
         raise BrokenExecutor("a worker died")
