@@ -14,8 +14,11 @@ DATA = $(or $(DATA_$*),$*)
 DATA_table1 := mnist
 DATA_adding-500 := adding_sarnn
 
+SWEEPS := $(addprefix sweep-,mnist digits adding)
+SWEEP = experiment=sweep_$* profile=$*/$(if $(filter mnist,$*),$(PROFILE),sweep) rows=null $(ARGS)
+
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart $(TABLES) reproduce-all bench test lint
+.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures verify-table1 bench test lint
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
@@ -44,6 +47,19 @@ $(TABLES): reproduce-%: install
 
 reproduce-all: install  ## every table that the data at hand allows; says what was left out, and why
 	$(RUN) -m skiprnn.sweep $(PROFILE) $(if $(ON_GPU),,$(CORES)) $(ARGS)
+
+sweep-mnist:  ## accuracy against state updates on MNIST, over λ and p_skip: table and figures
+sweep-digits:  ## the same on 8x8 digits, in minutes
+sweep-adding:  ## error against state updates on the adding task
+$(SWEEPS): sweep-%: install
+	$(RUN) -m skiprnn.train -m $(SWEEP) $(if $(ON_GPU),,$(CORES))
+	$(RUN) -m skiprnn.figures $(SWEEP)
+
+figures: install  ## figures of complete runs; ARGS="experiment=table1 profile=mnist/cpu" (default: quickstart's)
+	$(RUN) -m skiprnn.figures $(or $(ARGS),experiment=digits profile=digits/cpu)
+
+verify-table1: install  ## evaluate the published MNIST checkpoints on the CPU, compare with their records
+	$(RUN) -m skiprnn.evaluate verify='results/*/checkpoints/mnist' device=cpu $(ARGS)
 
 bench: install  ## time the engines against torch.nn; ARGS=--quick for minutes
 	$(RUN) -m skiprnn.bench $(ARGS)

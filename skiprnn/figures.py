@@ -206,11 +206,11 @@ def curves(rows: Sequence[Row]) -> Figure:
     """Validation score and state updates by epoch: mean, and the range over the seeds.
 
     Raises:
-        ConfigError: no run has its metrics.csv.
+        ConfigError: no run has its metrics.csv, or of one epoch only.
     """
-    rows = [row for row in rows if row.epochs("state_updates") is not None]
+    rows = [row for row in rows if (done := row.epochs("state_updates")) is not None and done.shape[1] > 1]
     if not rows:
-        raise ConfigError(f"the records are here, {MetricsFile.NAME} is not: train with logger=[csv]")
+        raise ConfigError(f"a curve needs {MetricsFile.NAME} of two epochs")
     figure = Figure((WIDTH, 3.2 + 0.09 * len(rows)))
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
@@ -220,8 +220,7 @@ def curves(rows: Sequence[Row]) -> Figure:
             assert values is not None
             epochs = np.arange(1, values.shape[1] + 1)
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-            few = ".-" if len(epochs) < 5 else "-"
-            axes.plot(epochs, values.mean(0), few, color=colour, label=", ".join(filter(None, (row.name, row.budget))))
+            axes.plot(epochs, values.mean(0), color=colour, label=", ".join(filter(None, (row.name, row.budget))))
     upper.set_ylabel(f"validation {SCORES[score]}")
     upper.set_yscale("log" if score == "mse" else "linear")
     lower.set(xlabel="epoch", ylabel="state updates", ylim=(0, None))

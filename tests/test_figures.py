@@ -98,6 +98,15 @@ def test_curves_show_mean_and_range_over_the_seeds(sweep):
     assert len({tuple(line.get_color()) for line in accuracy.lines}) == len(rows)
 
 
+def test_one_epoch_makes_no_curve(sweep):
+    rows = figures.complete(sweep)
+    for one in sweep:
+        file = one.folder.path / "metrics.csv"
+        pd.read_csv(file)[:1].to_csv(file, index=False)
+    with pytest.raises(ConfigError, match="two epochs"):
+        figures.curves(rows)
+
+
 def test_rows_of_other_data_settings_are_in_panels_of_their_own(tmp_path):
     runs = planned(tmp_path, "experiment=frequency", "profile=frequency/smoke")
     for one in runs:
@@ -272,7 +281,7 @@ def test_data_without_a_picture_say_so():
 
 
 def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsys):
-    arguments = ["experiment=digits", "profile=digits/smoke", *SMALL, "training.epochs=1", "rows=[1,3,8]"]
+    arguments = ["experiment=digits", "profile=digits/smoke", *SMALL, "training.epochs=2", "rows=[1,3,8]"]
     arguments += ["+training.train_batches=1", "+training.evaluation_batches=1"]
     runs = planned(tmp_path, *arguments)
     for one in runs[1:]:
