@@ -564,6 +564,7 @@ def test_the_paper_profile_is_the_published_protocol():
             "learning_rate": 1e-4,
             "gradient_clip": 1.0,
             "cost_free_epochs": 0,
+            "decay_epochs": 0,
             "train_batches": None,
             "evaluation_batches": None,
         }
