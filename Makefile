@@ -18,7 +18,7 @@ SWEEPS := $(addprefix sweep-,mnist digits adding)
 SWEEP = experiment=sweep_$* profile=$*/$(if $(filter mnist,$*),$(PROFILE),sweep) rows=null $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures verify-table1 bench test lint
+.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard verify-table1 bench test lint
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
@@ -57,6 +57,9 @@ $(SWEEPS): sweep-%: install
 
 figures: install  ## figures of complete runs; ARGS="experiment=table1 profile=mnist/cpu" (default: quickstart's)
 	$(RUN) -m skiprnn.figures $(or $(ARGS),experiment=digits profile=digits/cpu)
+
+dashboard: install  ## outputs/dashboard.html: how far every sweep is, its table and curves; ARGS=FOLDER
+	$(RUN) -m skiprnn.dashboard $(ARGS)
 
 verify-table1: install  ## evaluate the published MNIST checkpoints on the CPU, compare with their records
 	$(RUN) -m skiprnn.evaluate verify='results/*/checkpoints/mnist' device=cpu $(ARGS)

@@ -16,6 +16,8 @@ class ExperimentSweeper(BasicSweeper):
     """Plan, tell, launch what is incomplete, report, and make the experiment's table."""
 
     def sweep(self, arguments: list[str]) -> Any:
+        import torch
+
         from skiprnn import sweep
 
         assert self.hydra_context is not None
@@ -34,4 +36,6 @@ class ExperimentSweeper(BasicSweeper):
         grid = self.split_arguments(parsed, None)[0]
         settings = master.hydra.launcher
         workers = settings.get("slurm_array_parallelism") or effective_n_jobs(settings.get("n_jobs", 1))
-        return sweep.run(grid, compose, launch, workers, " ".join(arguments), here=settings.get("cluster") != "slurm")
+        here = settings.get("cluster") != "slurm"
+        gpu = torch.cuda.is_available() if here else bool(settings.gpus_per_node)
+        return sweep.run(grid, compose, launch, workers, " ".join(arguments), here, gpu)

@@ -176,7 +176,6 @@ class PackKeeper(lightning.Callback):
         for keeper, pictures, loggers, one, group in shares:
             share = SimpleNamespace(
                 current_epoch=trainer.current_epoch,
-                max_epochs=trainer.max_epochs,
                 optimizers=[SimpleNamespace(param_groups=[group])],
                 loggers=loggers,
                 save_checkpoint=trainer.save_checkpoint,

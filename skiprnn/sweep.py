@@ -33,6 +33,7 @@ def run(
     workers: int = 1,
     command: str = "",
     here: bool = True,
+    gpu: bool = False,
 ) -> None:
     """Carry out a sweep; exits with status 1 if a run failed, after all others were tried.
 
@@ -43,6 +44,7 @@ def run(
         workers: jobs that the launcher runs at once, for the estimate.
         command: the overrides as typed.
         here: the runs will be on this machine, so that an epoch can be timed on it.
+        gpu: jobs have a GPU.
     """
     train.quieten()
     try:
@@ -54,7 +56,7 @@ def run(
         prepare(todo)
         seconds = tell_plan(planned, todo, workers, here)
         todo.sort(key=lambda one: -seconds.get(kind_of(one), 0))  # the longest first: none is left alone at the end
-        failures = launch_all(todo, launch)
+        failures = launch_all(todo, launch, gpu)
     except train.USER_ERRORS as error:
         sys.exit(f"error: {error}")
     if experiment:
@@ -64,7 +66,9 @@ def run(
         sys.exit("\n".join([f"error: {len(failures)} of {len(planned)} runs failed:", *failures]))
 
 
-def launch_all(todo: Sequence[PlannedRun], launch: Callable[[list[list[str]]], Sequence[Any]]) -> list[str]:
+def launch_all(
+    todo: Sequence[PlannedRun], launch: Callable[[list[list[str]]], Sequence[Any]], gpu: bool = False
+) -> list[str]:
     """Launch runs; returns a line for each that failed.
 
     A launcher gives up all its runs when one of its processes is killed. It is then started anew with what is left,
@@ -74,7 +78,7 @@ def launch_all(todo: Sequence[PlannedRun], launch: Callable[[list[list[str]]], S
     while todo:
         before = {one.run.name: one.folder.epochs_done() for one in todo}
         try:
-            packs = packed(todo)
+            packs = packed(todo, gpu)
             returns = launch([overrides(pack) for pack in packs])
         except BrokenExecutor as error:
             gained = any(one.folder.complete or one.folder.epochs_done() > before[one.run.name] for one in todo)
@@ -104,7 +108,7 @@ def kind_of(one: PlannedRun) -> str:
     return repr((one.run.data, model, one.run.training))
 
 
-def packed(todo: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+def packed(todo: Sequence[PlannedRun], gpu: bool) -> list[list[PlannedRun]]:
     """The runs of each job: seeds of a row side by side, as many as `pack` says or, on a GPU, all of them.
 
     A process has one wandb page at a time: runs with a page are alone.
@@ -113,7 +117,7 @@ def packed(todo: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
     latest: dict[str, list[PlannedRun]] = {}  # the job of each row that may take another run
     for one in todo:
         alone = "wandb" in one.run.logger
-        size = 1 if alone else one.run.pack or (len(todo) if train.device_of(one.run).type == "cuda" else 1)
+        size = 1 if alone else one.run.pack or (len(todo) if gpu and one.run.device != "cpu" else 1)
         row = repr(replace(one.run, seed=0))
         if row not in latest or len(latest[row]) >= size:
             latest[row] = []

@@ -8,6 +8,8 @@ The only place that instantiates from a config. See conf/README.md.
 """
 
 import logging
+import multiprocessing
+import re
 import sys
 import time
 import warnings
@@ -50,7 +52,10 @@ def device_of(run: RunConfig) -> torch.device:
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
-    return torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    worker = re.search(r"\d+$", multiprocessing.current_process().name)  # a sweep's processes take turns over the GPUs
+    return torch.device("cuda", int(worker[0]) % torch.cuda.device_count() if worker else 0)
 
 
 def prepare_process(run: RunConfig) -> None:
@@ -126,7 +131,7 @@ def lightning_trainer(
     """Lightning's trainer, by the run's protocol, or up to an earlier epoch."""
     return lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
+        devices=[device.index] if device.type == "cuda" else 1,
         max_epochs=epochs or run.training.epochs,
         gradient_clip_val=run.training.gradient_clip,
         limit_train_batches=run.training.train_batches or 1.0,

@@ -32,7 +32,7 @@ class UsagePictures(lightning.Callback):
 
         draw = {"skip": usage.usage, "selective": usage.neurons}.get(self.folder.run.model.policy)
         epoch = trainer.current_epoch
-        if draw is None or ((epoch + 1) % self.every and epoch + 1 < trainer.max_epochs):
+        if draw is None or ((epoch + 1) % self.every and epoch + 1 < self.folder.run.training.epochs):
             return
         module.network.eval()
         try:

@@ -1,6 +1,7 @@
 """Sweeps: names without collisions, complete runs skipped after a kill, failures reported at the end."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from hydra_plugins.skiprnn_submitit import SubmititLauncher
-from skiprnn import config, experiments, sweep
+from skiprnn import config, experiments, sweep, train
 from skiprnn.config import ConfigError
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
@@ -188,6 +189,9 @@ def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2, epochs=3)
 
 
+COST = "model.cost_per_sample"
+
+
 def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
     return experiments.plan(None, [list(overrides)], compose)
 
@@ -303,3 +307,22 @@ def test_unknown_setting_of_submitit():
     launcher = slurm_launcher("hydra.launcher.cluster=local", "+hydra.launcher.slurm_gpu=1")
     with pytest.raises(ConfigError, match=r"hydra.launcher: .*gpu"):
         launcher.executor()
+
+
+def test_processes_take_turns_over_the_gpus(monkeypatch):
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
+    (planned,) = planned_runs("device=auto")
+    devices = []
+    for name in ("MainProcess", "LokyProcess-1", "LokyProcess-2", "LokyProcess-3"):
+        monkeypatch.setattr(multiprocessing.current_process(), "name", name)
+        devices.append(str(train.device_of(planned.run)))
+    assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+def test_seeds_of_a_row_share_a_job_where_there_is_a_gpu():
+    todo = [one for seed in (0, 1) for cost in ("0", "1e-3") for one in planned_runs(f"seed={seed}", f"{COST}={cost}")]
+    pages = planned_runs("logger=[csv,wandb]", "seed=0") + planned_runs("logger=[csv,wandb]", "seed=1")
+    assert [len(pack) for pack in sweep.packed(todo, gpu=True)] == [2, 2]
+    assert [len(pack) for pack in sweep.packed(todo, gpu=False)] == [1, 1, 1, 1]
+    assert [len(pack) for pack in sweep.packed(pages, gpu=True)] == [1, 1], "a process has one page"
