@@ -23,7 +23,7 @@ from skiprnn.runs import RunFolder, write_atomically
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 CONF = FOLDER.with_name("conf")
-HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # settings that are no part of what a run is
+HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
 COLUMNS = ("accuracy", "state_updates", "inference_flops")
 
 
