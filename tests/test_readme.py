@@ -1,5 +1,6 @@
 """The README's code runs, its make targets exist, and its files are there."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -26,14 +27,31 @@ def test_make_targets_exist():
     assert named <= targets
 
 
+def dry_run(target: str, *settings: str) -> list[str]:
+    """The lines that make would run, whether or not make itself runs the tests."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--dry-run", "--no-print-directory", target, "PROFILE=smoke", "VENV=none", *settings]
+    return subprocess.run(
+        command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
 @pytest.mark.parametrize("name", [experiment.name for experiment in experiments.published()])
 def test_every_table_has_its_make_target(name):
-    target = f"reproduce-{name.replace('adding500', 'adding-500')}"
-    command = ["make", "--dry-run", target, "PROFILE=smoke", "VENV=none", "ARGS=data.colour=red"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    line = dry_run(f"reproduce-{name.replace('adding500', 'adding-500')}", "ARGS=data.colour=red")[-1]
     data = experiments.load(name).data
-    assert f"skiprnn.train -m experiment={name} data={data} profile={data}/smoke " in said
-    assert said.strip().endswith("data.colour=red")
+    assert f"skiprnn.train -m experiment={name} data={data} profile={data}/smoke " in line
+    assert line.endswith("data.colour=red")
+
+
+@pytest.mark.parametrize("data", ["mnist", "digits", "adding"])
+def test_every_sweep_trains_and_then_draws_the_same_runs(data):
+    lines = dry_run(f"sweep-{data}", "ARGS=seed=7")
+    train, draw = (line.split(" -m skiprnn.")[1].split() for line in lines[-2:])
+    assert (train[:2], draw[0]) == (["train", "-m"], "figures")
+    assert f"experiment=sweep_{data}" in draw
+    assert experiments.load(f"sweep_{data}").data == data
+    assert set(draw[1:]) <= set(train)
 
 
 def test_links_lead_somewhere():
