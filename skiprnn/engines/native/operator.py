@@ -375,7 +375,7 @@ def apply(cell: str, policy: str, x: Tensor, states, weights, gate, policy_weigh
     """The operator, also under torch.func's transforms."""
     lists = states, weights, gate, policy_weights
     if not torch._C._are_functorch_transforms_active():
-        plain = not save and type(x) is Tensor and not torch.compiler.is_compiling()
+        plain = not save and x.dim() == 3 and type(x) is Tensor and not torch.compiler.is_compiling()
         run = _compute if plain else recurrence  # the dispatcher takes longer than a short sequence
         return run(cell, policy, x, *lists, draw, lengths, save)
     counts = [len(part) for part in lists]
