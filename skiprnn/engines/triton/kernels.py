@@ -41,10 +41,12 @@ def dot(a, weight):
 
 
 @triton.jit
-def product(a, scale, weight, row, n, stride, inside, W: tl.constexpr, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr):
+def product(
+    a, scale, weight, row, n, stride, inside, stop, W: tl.constexpr, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr
+):
     """scale * a[row, :W] times the columns n of a weight or its transpose, both read from memory."""
     total = tl.zeros((row.shape[0], BLOCK), a.dtype.element_ty)
-    for start in range(0, W, BLOCK):
+    for start in range(0, stop, BLOCK):
         k = start + tl.arange(0, BLOCK)
         left = block(a, row, k, stride, inside[:, None] & (k < W)[None, :])
         total += dot(left * scale[:, None], tile(weight, k, n, W, TRANSPOSED))
@@ -64,6 +66,7 @@ def from_input(
     n,
     in_batch,
     one,
+    stop,
     INPUTS: tl.constexpr,
     X: tl.constexpr,
     W: tl.constexpr,
@@ -80,7 +83,7 @@ def from_input(
             weight = tl.load(x_weight + (i * X + g) * W + n, mask=n < W, other=0)
             total += tl.load(x + i, mask=in_batch, other=0)[:, None] * weight[None, :]
     else:
-        total += product(below, one, input_weight + g * W * W, row, n, W, in_batch, W, BLOCK, False)
+        total += product(below, one, input_weight + g * W * W, row, n, W, in_batch, stop, W, BLOCK, False)
     return total
 
 
@@ -109,6 +112,7 @@ def forward(
     B,
     T,
     SLOTS,
+    width,  # W, not known to the compiler, which would unroll all loops over blocks
     LSTM: tl.constexpr,
     POLICY: tl.constexpr,
     H: tl.constexpr,
@@ -129,6 +133,7 @@ def forward(
     X: tl.constexpr = G + 1 if POLICY == "selective" else G
     NEURONS: tl.constexpr = POLICY == "selective" or POLICY == "random_neurons"
     STORED: tl.constexpr = SAVE or not RESIDENT
+    stop = W if RESIDENT else width
     run = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     n = tl.arange(0, BLOCK)
@@ -187,7 +192,7 @@ def forward(
                 w, b = weight + layer * G * W * W, bias + layer * X * W
                 below, w_below = candidate + (layer - 1) * B * W, input_weight + (layer - 1) * G * W * W
                 if not RESIDENT and not LSTM:  # all of r * h, before any candidate
-                    for start in range(0, W, BLOCK):
+                    for start in range(0, stop, BLOCK):
                         col = start + n
                         inside = in_batch[:, None] & (col < W)[None, :]
                         a0 = from_input(
@@ -202,6 +207,7 @@ def forward(
                             col,
                             in_batch,
                             one,
+                            stop,
                             INPUTS,
                             X,
                             W,
@@ -209,13 +215,13 @@ def forward(
                             layer == 0,
                             PROJECTED,
                         )
-                        a0 += product(h_now, one, w, row, col, W, in_batch, W, BLOCK, False)
+                        a0 += product(h_now, one, w, row, col, W, in_batch, stop, W, BLOCK, False)
                         if SAVE:
                             tl.store(pre_now + row[:, None] * (X * W) + col[None, :], a0, mask=inside)
                         rh = tl.sigmoid(a0) * block(h_now, row, col, W, inside)
                         tl.store(reset + row[:, None] * W + col[None, :], rh, mask=inside)
                     tl.debug_barrier()
-                for start in range(0, W, BLOCK):
+                for start in range(0, stop, BLOCK):
                     col = start + n
                     inside = in_batch[:, None] & (col < W)[None, :]
                     at, pre_at = row[:, None] * W + col[None, :], row[:, None] * (X * W) + col[None, :]
@@ -236,6 +242,7 @@ def forward(
                         col,
                         in_batch,
                         one,
+                        stop,
                         INPUTS,
                         X,
                         W,
@@ -255,6 +262,7 @@ def forward(
                         col,
                         in_batch,
                         one,
+                        stop,
                         INPUTS,
                         X,
                         W,
@@ -275,6 +283,7 @@ def forward(
                             col,
                             in_batch,
                             one,
+                            stop,
                             INPUTS,
                             X,
                             W,
@@ -295,6 +304,7 @@ def forward(
                             col,
                             in_batch,
                             one,
+                            stop,
                             INPUTS,
                             X,
                             W,
@@ -315,6 +325,7 @@ def forward(
                             col,
                             in_batch,
                             one,
+                            stop,
                             INPUTS,
                             X,
                             W,
@@ -332,13 +343,13 @@ def forward(
                         else:
                             a2 += dot(tl.sigmoid(a0) * h_old, w2)
                     else:
-                        a1 += product(h_now, one, w + W * W, row, col, W, in_batch, W, BLOCK, False)
+                        a1 += product(h_now, one, w + W * W, row, col, W, in_batch, stop, W, BLOCK, False)
                         if LSTM:
-                            a0 += product(h_now, one, w, row, col, W, in_batch, W, BLOCK, False)
-                            a2 += product(h_now, one, w + 2 * W * W, row, col, W, in_batch, W, BLOCK, False)
-                            a3 += product(h_now, one, w + 3 * W * W, row, col, W, in_batch, W, BLOCK, False)
+                            a0 += product(h_now, one, w, row, col, W, in_batch, stop, W, BLOCK, False)
+                            a2 += product(h_now, one, w + 2 * W * W, row, col, W, in_batch, stop, W, BLOCK, False)
+                            a3 += product(h_now, one, w + 3 * W * W, row, col, W, in_batch, stop, W, BLOCK, False)
                         else:
-                            a2 += product(reset, one, w + 2 * W * W, row, col, W, in_batch, W, BLOCK, False)
+                            a2 += product(reset, one, w + 2 * W * W, row, col, W, in_batch, stop, W, BLOCK, False)
                     if SAVE:
                         tl.store(pre_now + pre_at + W, a1, mask=inside)
                         tl.store(pre_now + pre_at + 2 * W, a2, mask=inside)
@@ -449,6 +460,7 @@ def backward(
     reset,  # GRU: r * h (R, T, B, W) of the one layer, (R, L, T, B, W)
     B,
     T,
+    width,
     LSTM: tl.constexpr,
     POLICY: tl.constexpr,
     H: tl.constexpr,
@@ -467,6 +479,7 @@ def backward(
     G: tl.constexpr = 4 if LSTM else 3
     X: tl.constexpr = G + 1 if POLICY == "selective" else G
     NEURONS: tl.constexpr = POLICY == "selective" or POLICY == "random_neurons"
+    stop = W if RESIDENT else width
     run = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     n = tl.arange(0, BLOCK)
@@ -525,7 +538,7 @@ def backward(
             if RESIDENT:  # what is needed after the loop over the one block
                 nothing = tl.zeros((TILE, BLOCK), one.dtype)
                 g0, d0, d1, d2, d3 = nothing, nothing, nothing, nothing, nothing
-            for start in range(0, W, BLOCK):
+            for start in range(0, stop, BLOCK):
                 col = start + n
                 inside = in_batch[:, None] & (col < W)[None, :]
                 at, pre_at = row[:, None] * W + col[None, :], row[:, None] * (X * W) + col[None, :]
@@ -612,11 +625,13 @@ def backward(
                 tl.debug_barrier()
                 if not LSTM:
                     largest = one * 0
-                    for start in range(0, W, BLOCK):
+                    for start in range(0, stop, BLOCK):
                         col = start + n
                         inside = in_batch[:, None] & (col < W)[None, :]
                         at, pre_at = row[:, None] * W + col[None, :], row[:, None] * (X * W) + col[None, :]
-                        d_rh = product(d_now + 2 * W, scale, w + 2 * W * W, row, col, X * W, in_batch, W, BLOCK, True)
+                        d_rh = product(
+                            d_now + 2 * W, scale, w + 2 * W * W, row, col, X * W, in_batch, stop, W, BLOCK, True
+                        )
                         d_rh *= back[:, None]
                         r = tl.sigmoid(block(pre_now, row, col, X * W, inside))
                         d0 = d_rh * block(h_now, row, col, W, inside) * r * (1 - r)
@@ -627,7 +642,7 @@ def backward(
                     scale_c, back_c = scale, back  # of the candidate's pre-activations
                     scale, back = inverse(largest)
                     tl.debug_barrier()
-                for start in range(0, W, BLOCK):
+                for start in range(0, stop, BLOCK):
                     col = start + n
                     inside = in_batch[:, None] & (col < W)[None, :]
                     at = row[:, None] * W + col[None, :]
@@ -636,17 +651,37 @@ def backward(
                     for g in tl.static_range(G):
                         if LSTM or g < 2:
                             total += product(
-                                d_now + g * W, scale, w + g * W * W, row, col, X * W, in_batch, W, BLOCK, True
+                                d_now + g * W, scale, w + g * W * W, row, col, X * W, in_batch, stop, W, BLOCK, True
                             )
                             if layer > 0:
                                 lower += product(
-                                    d_now + g * W, scale, w_below + g * W * W, row, col, X * W, in_batch, W, BLOCK, True
+                                    d_now + g * W,
+                                    scale,
+                                    w_below + g * W * W,
+                                    row,
+                                    col,
+                                    X * W,
+                                    in_batch,
+                                    stop,
+                                    W,
+                                    BLOCK,
+                                    True,
                                 )
                     lower *= back[:, None]
                     if layer > 0:
                         if not LSTM:
                             lower += back_c[:, None] * product(
-                                d_now + 2 * W, scale_c, w_below + 2 * W * W, row, col, X * W, in_batch, W, BLOCK, True
+                                d_now + 2 * W,
+                                scale_c,
+                                w_below + 2 * W * W,
+                                row,
+                                col,
+                                X * W,
+                                in_batch,
+                                stop,
+                                W,
+                                BLOCK,
+                                True,
                             )
                         tl.store(d_below + at, lower, mask=inside)
                     D_h = tl.load(dh_now + at, mask=inside, other=0) + total * back[:, None]

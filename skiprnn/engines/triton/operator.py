@@ -21,7 +21,7 @@ from skiprnn.engines.native.operator import (
 from skiprnn.engines.triton import kernels
 
 TILE = 16  # rows of a program: the least that a matrix instruction takes
-BLOCK = 128  # most columns of a state in registers at once
+BLOCK = 32  # columns of a state that are computed at once, where states and weights pass through memory
 ON_CHIP = 128 << 10  # bytes of weights that a program keeps in its registers
 FEW_INPUTS = 4  # so many are multiplied within the time loop; more, in one product before it
 
@@ -44,8 +44,8 @@ class _Sizes:
         self.hidden = [state.shape[-1] for state in states[:: self.entries]]
         self.layers, self.width = len(self.hidden), padded(max(self.hidden))
         self.columns = self.gates + (policy == "selective")
-        block = min(BLOCK, triton.next_power_of_2(self.width))
-        weights = self.gates * block**2 * operands(x.dtype).itemsize
+        block = triton.next_power_of_2(self.width)
+        resident = self.layers == 1 and self.gates * block**2 * operands(x.dtype).itemsize <= ON_CHIP
         self.options: dict[str, Any] = {
             "LSTM": cell == "lstm",
             "POLICY": policy,
@@ -53,9 +53,9 @@ class _Sizes:
             "W": self.width,
             "L": self.layers,
             "TILE": TILE,
-            "BLOCK": block,
-            "RESIDENT": self.layers == 1 and self.width <= block and weights <= ON_CHIP,
-            "num_warps": 8,
+            "BLOCK": block if resident else min(BLOCK, block),
+            "RESIDENT": resident,
+            "num_warps": 8 if resident else 4,
             "num_stages": 1,
         }
         self.grid = (triton.cdiv(self.batch, TILE), self.runs)
@@ -198,6 +198,7 @@ def forward(cell, policy, x, states, weights, gate, policy_weights, draw, length
         sizes.batch,
         sizes.steps,
         slots,
+        sizes.width,
         INPUTS=sizes.inputs,
         SAVE=save,
         PROJECTED=not few,
@@ -271,6 +272,7 @@ def backward(
         reset,
         sizes.batch,
         sizes.steps,
+        sizes.width,
         **sizes.options,
     )
     found: list[Tensor] = []
