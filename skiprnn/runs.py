@@ -15,12 +15,12 @@ import os
 import pickle
 import platform
 import subprocess
-import tempfile
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 import pytorch_lightning as lightning
@@ -37,15 +37,16 @@ RECORDED_PACKAGES = ("skiprnn", "torch", "pytorch-lightning", "numpy")
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that readers, also after a kill, see the old content or the new, never a part."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    part = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:

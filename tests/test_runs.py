@@ -25,18 +25,14 @@ def killed_here():
     calls += 1
     return calls == count
 
-real = runs.tempfile.NamedTemporaryFile
-def half_written(*arguments, prefix, **options):
-    file = real(*arguments, prefix=prefix, **options)
-    if prefix == f".{what}." and killed_here():
-        write = file.write
-        def write_half(content):
-            write(content[: len(content) // 2])
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        file.write = write_half
-    return file
-runs.tempfile.NamedTemporaryFile = half_written
+fsync = os.fsync
+def half_written(descriptor):
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+    if name.startswith(f".{what}.") and killed_here():
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = half_written
 
 step = module.SequenceModule.training_step
 def killed_step(self, *arguments):
@@ -177,6 +173,12 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         runs.write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_written_files_are_readable_as_the_umask_says(tmp_path):
+    (tmp_path / "plain").touch()
+    runs.write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_epoch_trained_again_replaces_its_row(tmp_path):
