@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -13,6 +14,7 @@ import torch
 from skiprnn import config
 from skiprnn.config import RunConfig
 from skiprnn.data.ucf101.store import appending
+from skiprnn.engines.native import operator
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 SMALL = [
@@ -50,6 +52,28 @@ def command(*arguments: str, script: str | None = None, **options) -> subprocess
     return subprocess.run(
         [sys.executable, *program, *arguments], capture_output=True, text=True, check=False, timeout=600, **options
     )
+
+
+@contextmanager
+def triton_kernels():
+    """The GPU engine's kernels, products in full precision, for a GPU or, interpreted, for the CPU.
+
+    One process holds the native engine and the interpreter, so that in the latter they stand in for the native ones.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from skiprnn.engines.triton import operator as gpu
+
+    interpreted = not torch.cuda.is_available()
+    kernels = {operator.recurrence: gpu.forward, operator.recurrence_backward: gpu.backward}
+    native = {op: op._init_fn for op in kernels}
+    precision = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    for op, kernel in kernels.items() if interpreted else ():
+        op.register_kernel("cpu")(kernel)
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = precision
+    for op, function in native.items() if interpreted else ():
+        op.register_kernel("cpu")(function)
 
 
 def make_small_ucf101(root: Path) -> None:

@@ -1,16 +1,15 @@
 """The GPU engine against the reference engine: on a GPU, or in Triton's interpreter on small shapes (see conftest.py).
 
-In the interpreter it computes in float64 as well; one process holds both CPU engines, so its kernels stand in for the
-native ones while a test runs.
+In the interpreter it computes in float64 as well.
 """
 
 import pytest
 import torch
+from conftest import triton_kernels
 from test_engines import assert_equal, network, random_state, results
 
 from skiprnn import LSTM, RecurrentState, SkipLSTM, engines
 from skiprnn.engines import triton
-from skiprnn.engines.native import operator
 from skiprnn.policies import POLICIES
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -22,18 +21,8 @@ DEVICE, DTYPE, TOLERANCE = ("cuda", torch.float32, 1e-3) if ON_GPU else ("cpu", 
 
 @pytest.fixture(autouse=True, scope="module")
 def kernels():
-    """The engine's kernels for the tests' device, products in full precision."""
-    native = [(op, op._init_fn) for op in (operator.recurrence, operator.recurrence_backward)]
-    precision = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    if not ON_GPU:
-        operator.recurrence.register_kernel("cpu")(gpu.forward)
-        operator.recurrence_backward.register_kernel("cpu")(gpu.backward)
-    yield
-    torch.backends.cudnn.rnn.fp32_precision = precision
-    if not ON_GPU:
-        for op, function in native:
-            op.register_kernel("cpu")(function)
+    with triton_kernels():
+        yield
 
 
 def compared(cell, policy, inputs, hidden, layers, x, seed, lengths=None, state=None, **options):

@@ -4,11 +4,13 @@ SKIPRNN_VECTORS names the folder; any number of subfolders, any sizes. See refer
 """
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import triton_kernels
 from torch.nn import functional
 
 from skiprnn import Recurrent
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.skipif(not FILES, reason="SKIPRNN_VECTORS names no fold
 def assert_close(actual: torch.Tensor, expected: np.ndarray, name: str) -> None:
     """Relative error in the largest element's scale, so that a gradient of small elements is judged as a whole."""
     expected = torch.from_numpy(np.asarray(expected, dtype=np.float32)).reshape(actual.shape)
-    error = (actual.detach() - expected).norm() / expected.norm().clamp_min(1e-12)
+    error = (actual.detach().cpu() - expected).norm() / expected.norm().clamp_min(1e-12)
     assert error <= TOLERANCE, f"{name}: relative error {error:.2e}"
 
 
@@ -120,13 +122,20 @@ def selective_variables(arrays, rnn: Recurrent, out: torch.nn.Linear) -> Variabl
     return variables
 
 
-@pytest.mark.parametrize("engine", ["reference", "native"])
+@pytest.mark.parametrize("engine", ["reference", "native", "triton"])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_agrees_with_the_authors_code(file, engine):
+    device = "cuda" if engine == "triton" and torch.cuda.is_available() else "cpu"
+    with torch.device(device), triton_kernels() if engine == "triton" else nullcontext():
+        check(file, engine, device)
+
+
+def check(file: Path, engine: str, device: str) -> None:
+    """Raises AssertionError unless everything in the file is what the engine computes on the device."""
     arrays = dict(np.load(file))
     kind = file.stem.split("_")[0]
     cost = float(arrays["lambda"])
-    x = torch.from_numpy(arrays["x"])
+    x = torch.from_numpy(arrays["x"]).to(device)
     if kind == "SARNN":
         x = x.transpose(0, 1).contiguous()
         hidden = arrays["var.z.bias"].size
@@ -139,7 +148,10 @@ def test_agrees_with_the_authors_code(file, engine):
         _, state, updates = rnn(x)
         logits = out(state.h[-1])
         assert_close(logits, arrays["logits"], "logits")
-        loss = functional.cross_entropy(logits, torch.from_numpy(arrays["labels"])) + cost * updates.sum(1).mean()
+        loss = (
+            functional.cross_entropy(logits, torch.from_numpy(arrays["labels"]).to(device))
+            + cost * updates.sum(1).mean()
+        )
         expected_updates = arrays["u"]
     else:
         cell, policy = CELL_AND_POLICY[kind]
@@ -149,11 +161,11 @@ def test_agrees_with_the_authors_code(file, engine):
         variables.load()
         output, _, updates = rnn(x)
         assert_close(output, arrays["h"], "outputs")
-        loss = (output * torch.from_numpy(arrays["loss_weight"])).sum((1, 2)).mean()
+        loss = (output * torch.from_numpy(arrays["loss_weight"]).to(device)).sum((1, 2)).mean()
         if policy == "skip":
             loss = loss + cost * updates.sum(1).mean()
         expected_updates = arrays["u"][..., 0] if "u" in arrays else np.ones(x.shape[:2], dtype=np.float32)
-    assert np.array_equal(updates.detach().numpy(), expected_updates), "update gates differ"
+    assert np.array_equal(updates.detach().cpu().numpy(), expected_updates), "update gates differ"
     loss.backward()
     assert_close(loss, arrays["loss"], "loss")
     variables.check()
