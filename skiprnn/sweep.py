@@ -59,6 +59,8 @@ def run(
         failures = launch_all(todo, launch, gpu)
     except train.USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(train.INTERRUPTED)
     if experiment:
         print()
         print(tables.publish(experiment, planned))

@@ -42,6 +42,7 @@ from skiprnn.runs import AtomicCheckpointIO, RunFolder, RunKeeper, load_weights,
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 USER_ERRORS = (ConfigError, DataError, DivergedError)  # one line says it all; everything else keeps its traceback
+INTERRUPTED = "interrupted: the same command continues"
 
 
 def device_of(run: RunConfig) -> torch.device:
@@ -168,9 +169,7 @@ def train(run: RunConfig) -> dict[str, Any]:
         resume = folder.last.exists()
         if resume:
             load_weights(module, read_checkpoint(folder.last), folder.last)  # for its clear errors
-        trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        fit(trainer, module, folder.last if resume else None)
         record = make_record(run, folder, module, trainer, keeper)
         watch.summarise(trainer.loggers, record)
         folder.finish(record)
@@ -236,13 +235,23 @@ def _train_pack(runs: Sequence[RunConfig], until: int) -> None:
     for module, folder in zip(modules, folders, strict=True):
         if resume:
             load_weights(module, read_checkpoint(folder.last), folder.last)  # for its clear errors
-    trainer.fit(PackedModule(modules), ckpt_path=folders[0].last if resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, PackedModule(modules), folders[0].last if resume else None)
     if until < first.training.epochs:
         return
     for run, folder, module, one in zip(runs, folders, modules, keepers, strict=True):
         folder.finish(make_record(run, folder, module, trainer, one) | {"pack": len(runs)})
+
+
+def fit(trainer, module, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint or from the start.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it, which Lightning answers by leaving the program.
+    """
+    try:
+        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        raise KeyboardInterrupt from None
 
 
 def make_record(run, folder, module, trainer, keeper) -> dict[str, Any]:
@@ -336,6 +345,10 @@ def main(config: DictConfig) -> dict[str, Any] | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the sweep goes on, and reports it at the end
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.exit(INTERRUPTED)
     key = metrics.SCORES["regression" if "mse" in record["best"]["test"] else "classification"]
     best = record["best"]
     print(f"{run.name}: test {key} {best['test'][key]:.4f}, state updates {best['test']['state_updates']:.1f}", end=" ")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from subprocess import CompletedProcess
 
 import pytest
@@ -172,6 +173,22 @@ def test_sweep_outlives_killed_workers(tmp_path):
     assert "a process was killed" in done.stdout
     assert (tmp_path / "signals" / "0.sent").exists()
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=3, epochs=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"], ["seed=0"]],
+    ids=["sweep", "processes", "run"],
+)
+def test_interrupted_by_its_user(options, tmp_path):
+    arguments = [*options, "model=skip_lstm", *SMALL, "training.epochs=3", f"output={tmp_path / 'runs'}"]
+    environment = interrupted(tmp_path / "signals", "SIGINT")
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # however the tests were started
+    stopped = command(*arguments, env=environment, preexec_fn=listening)
+    assert stopped.returncode == 1
+    assert stopped.stderr.splitlines()[-1] == train.INTERRUPTED, stopped.stderr
+    assert command(*arguments).returncode == 0
+    assert_no_epoch_was_repeated(tmp_path / "runs", runs=2 if "-m" in options else 1, epochs=3)
 
 
 def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
