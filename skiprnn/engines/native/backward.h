@@ -38,7 +38,7 @@ public:
             w.H.allocate(size_t(rows_) * layer.P);
             w.C.allocate(size_t(rows_) * layer.P);
             w.tail.allocate(p.policy == Policy::kSkip ? size_t(rows_) * layer.R : 0);
-            w.previous.allocate(size_t(std::max(rows_, kItems)) * layer.P);
+            w.gathered.allocate(size_t(rows_) * layer.P);
             w.xin.allocate(size_t(std::max(rows_, kItems)) * layer.X);
             w.candidates.allocate(size_t(kItems) * 2 * layer.P);
             w.scratch.allocate(kItems, layer.P, p.lstm);
@@ -70,7 +70,8 @@ private:
     struct Work {
         Buffer<T> H, C;          // gradients of the states, rows in order_
         Buffer<T> tail;          // z of rows that skip after their last update
-        Buffer<T> previous;      // the state before the update, or h of a tail
+        Buffer<T> gathered;      // rows of h
+        const T* previous;       // h before the update
         Buffer<T> xin, dg, rh, drh, below, candidates;
         Buffer<T> kept;  // gradients of neurons that did not update
         Candidates<T> scratch;
@@ -86,6 +87,7 @@ private:
     Buffer<T> weight_;
     std::vector<std::vector<int32_t>> times_;  // of each row's updates
     std::vector<int> order_;
+    bool in_order_ = false;  // whether that is the batch's
     std::vector<T> Q_, S_;
     std::vector<Work> work_;
     Buffer<T> x_, dx_;
@@ -111,6 +113,7 @@ private:
         }
         std::stable_sort(order_.begin(), order_.end(),
                          [&](int a, int b) { return times_[a].size() > times_[b].size(); });
+        in_order_ = std::is_sorted(order_.begin(), order_.end());
     }
 
     // The gradient of the output at one step joins that of the top layer's h; false if there is none.
@@ -158,8 +161,8 @@ private:
             const auto& layer = p.layers[l];
             auto& w = work_[l];
             for (int i = from; i < to; ++i)
-                std::memcpy(w.previous + size_t(i - from) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
-            multiply<T>(to - from, w.previous, layer.P, layer.recurrent, w.tail + size_t(from) * layer.R, layer.R,
+                std::memcpy(w.gathered + size_t(i - from) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
+            multiply<T>(to - from, w.gathered, layer.P, layer.recurrent, w.tail + size_t(from) * layer.R, layer.R,
                         Start::kZero);
         }
     }
@@ -259,8 +262,9 @@ private:
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
             auto& w = work_[l];
-            for (int i = 0; i < m; ++i)
-                std::memcpy(w.previous + size_t(i) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
+            w.previous = in_order_ && m == rows_ ? p.saved_h(l, k, first_) : w.gathered;
+            for (int i = 0; w.previous == w.gathered && i < m; ++i)
+                std::memcpy(w.gathered + size_t(i) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
         }
         for (int l = L - 1; l >= 0; --l) update_layer(l, m, k);
         if (p.raw.d_x) {

@@ -193,11 +193,14 @@ private:
         else
             multiply<T>(m, contiguous(l - 1, k + 1), p.layers[l - 1].P, layer.input, xin_, layer.X, Start::kBias,
                         layer.bias);
-        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z_, R, Start::kZero);
+        const bool in_place = save_ && m == rows_;
+        T* z = in_place ? p.saved_z(l, k, first_) : z_;
+        const int width = in_place ? layer.G * P : R;
+        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, width, Start::kZero);
         zp_.clear(), hp_.clear(), cp_.clear(), h_new_.clear(), c_new_.clear();
         for (int i = 0; i < m; ++i) {
             const int r = active_[i];
-            zp_.push_back(z_ + size_t(i) * R);
+            zp_.push_back(z + size_t(i) * width);
             hp_.push_back(h(l, k, r));
             cp_.push_back(c(l, k, r));
             h_new_.push_back(p.neurons ? mixed_ + size_t(i) * 2 * P : h(l, k + 1, r));
@@ -206,7 +209,7 @@ private:
         candidates_.compute(layer, p.lstm, m, xin_, zp_.data(), hp_.data(), cp_.data(), h_new_.data(), c_new_.data());
         for (int i = 0; save_ && i < m; ++i) {
             T* saved = p.saved_z(l, k, first_ + active_[i]);
-            std::memcpy(saved, zp_[i], R * sizeof(T));
+            if (!in_place) std::memcpy(saved, zp_[i], R * sizeof(T));
             if (!p.lstm) std::memcpy(saved + R, candidates_.zc + i * P, P * sizeof(T));
         }
         for (int i = 0; p.neurons && i < m; ++i) mix(l, k, i);
