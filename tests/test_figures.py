@@ -200,8 +200,9 @@ def reviews(tmp_path, monkeypatch):
     return ["data=imdb", "data.length=60", "+data.reviews_per_class=10", f"data_root={tmp_path}"]
 
 
-def test_read_words_are_marked(reviews, tmp_path):
-    module = lively("model=skip_gru", "model.embedding_size=8", *reviews)
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_read_words_are_marked(padding, reviews, tmp_path):
+    module = lively("model=skip_gru", "model.embedding_size=8", f"data.padding={padding}", *reviews)
     page = usage.words_page(module, 4)
     shown = usage.examples(module, 4)
     assert [example.target for example in shown] == [0, 1, 0, 1]
@@ -210,8 +211,8 @@ def test_read_words_are_marked(reviews, tmp_path):
     figure = usage.usage(module)
     figures.write(figure, tmp_path / "words")  # draws: "$" must not be taken for mathematics
     for index, example in enumerate(shown):
-        length = (example.inputs != 0).sum()
-        read = [vocabulary[token] for token in example.inputs[:length][example.updates[:length]]]
+        words = example.inputs != 0
+        length, read = words.sum(), [vocabulary[token] for token in example.inputs[words & example.updates]]
         marked = re.findall(r"<b>(.*?)</b>", paragraphs[index])
         assert 0 < len(read) < length
         assert [word.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for word in marked] == read

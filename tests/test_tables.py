@@ -191,9 +191,13 @@ def test_the_caption_states_the_protocol(planned):
     ):
         assert part in caption
     assert "λ = 0" not in caption
-    shortened = tables.caption(experiments.load("table1"), plan("table1", "mnist/cpu"))
+    overrides = ["training.epochs=7", "training.decay_epochs=2", "training.cost_free_epochs=3"]
+    shortened = tables.caption(
+        experiments.load("table1"),
+        plan_of(experiments.load("table1"), [["experiment=table1", "profile=mnist/cpu", *overrides]]),
+    )
     assert "epochs instead of 600" in shortened
-    assert "λ = 0 before epoch 2;" in shortened
+    assert "λ = 0 before epoch 4;" in shortened
     assert "learning rate 0.0005 (falling after epoch 5)," in shortened
 
 
