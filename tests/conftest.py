@@ -70,10 +70,12 @@ def triton_kernels():
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     for op, kernel in kernels.items() if interpreted else ():
         op.register_kernel("cpu")(kernel)
-    yield
-    torch.backends.cudnn.rnn.fp32_precision = precision
-    for op, function in native.items() if interpreted else ():
-        op.register_kernel("cpu")(function)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = precision
+        for op, function in native.items() if interpreted else ():
+            op.register_kernel("cpu")(function)
 
 
 def make_small_ucf101(root: Path) -> None:

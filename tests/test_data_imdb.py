@@ -42,8 +42,8 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-def loaded(root: Path, **settings) -> IMDb:
-    data = IMDb(root=str(root), reviews_per_class=PER_CLASS, **settings)
+def loaded(root: Path, padding: str = "right", **settings) -> IMDb:
+    data = IMDb(root=str(root), reviews_per_class=PER_CLASS, padding=padding, **settings)
     data.prepare()
     data.load("cpu")
     return data
@@ -119,9 +119,9 @@ def archive_of(folder: Path, path: Path) -> None:
 
 
 def test_the_caption_says_how_reviews_are_padded():
-    assert IMDb().note == "padded on the right, padded steps count as all others; embeddings start from U(-0.25, 0.25)"
-    assert IMDb(padding="left", vectors="v.bin").note.startswith("padded on the left, padded steps count")
-    assert "padded steps do not count; " in IMDb(mask_padding=True).note
+    assert IMDb().note == "padded on the left, padded steps count as all others; embeddings start from U(-0.25, 0.25)"
+    assert IMDb(padding="right", vectors="v.bin").note.startswith("padded on the right, padded steps count")
+    assert "padded steps do not count; " in IMDb(padding="right", mask_padding=True).note
 
 
 def test_archive_and_folder_give_the_same(root, tmp_path_factory, monkeypatch):

@@ -49,7 +49,7 @@ class IMDb(StoredData):
         vocabulary_size: token ids at most, padding and unknown included.
         min_count: times that a word must occur in the training split to be in the vocabulary.
         lowercase: whether case is ignored.
-        padding: the side that is padded, "right" or "left".
+        padding: the side that is padded, "left" or "right".
         mask_padding: give the lengths, so that the model stops at the padding; otherwise padded steps count like all
             others, as in the paper. Needs padding on the right.
         vectors: a file in word2vec's format (binary if its name contains .bin, else text, either may end in .gz) that
@@ -70,7 +70,7 @@ class IMDb(StoredData):
         vocabulary_size: int = 20_000,
         min_count: int = 1,
         lowercase: bool = True,
-        padding: str = "right",
+        padding: str = "left",
         mask_padding: bool = False,
         vectors: str | None = None,
         reviews_per_class: int = 12_500,

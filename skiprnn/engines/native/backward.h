@@ -87,7 +87,7 @@ private:
     Buffer<T> weight_;
     std::vector<std::vector<int32_t>> times_;  // of each row's updates
     std::vector<int> order_;
-    bool in_order_ = false;  // whether that is the batch's
+    bool in_order_ = false;  // whether that is their order in the batch
     std::vector<T> Q_, S_;
     std::vector<Work> work_;
     Buffer<T> x_, dx_;
@@ -154,16 +154,24 @@ private:
         if (p.policy == Policy::kSkip) p.get(p.raw.d_q0)[b] = Q_[i], p.get(p.raw.d_s0)[b] = S_[i];
     }
 
+    // h of rows before their update number k, contiguous for a product.
+    const T* contiguous(int l, int from, int to, int64_t k) {
+        if (in_order_ && to - from == rows_) return p.saved_h(l, k, first_);
+        const int P = p.layers[l].P;
+        T* gathered = work_[l].gathered;
+        for (int i = from; i < to; ++i)
+            std::memcpy(gathered + size_t(i - from) * P, p.saved_h(l, k, row(i)), P * sizeof(T));
+        return gathered;
+    }
+
     // Rows that skip after their last update have no saved z: compute it.
     void product_of_tail(int from, int to, int64_t k) {
         if (from == to) return;
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
             auto& w = work_[l];
-            for (int i = from; i < to; ++i)
-                std::memcpy(w.gathered + size_t(i - from) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
-            multiply<T>(to - from, w.gathered, layer.P, layer.recurrent, w.tail + size_t(from) * layer.R, layer.R,
-                        Start::kZero);
+            multiply<T>(to - from, contiguous(l, from, to, k), layer.P, layer.recurrent,
+                        w.tail + size_t(from) * layer.R, layer.R, Start::kZero);
         }
     }
 
@@ -259,13 +267,7 @@ private:
             add_output(i, t);
             if (p.policy == Policy::kSkip) gate(i, k, t);
         }
-        for (int l = 0; l < L; ++l) {
-            const auto& layer = p.layers[l];
-            auto& w = work_[l];
-            w.previous = in_order_ && m == rows_ ? p.saved_h(l, k, first_) : w.gathered;
-            for (int i = 0; w.previous == w.gathered && i < m; ++i)
-                std::memcpy(w.gathered + size_t(i) * layer.P, p.saved_h(l, k, row(i)), layer.P * sizeof(T));
-        }
+        for (int l = 0; l < L; ++l) work_[l].previous = contiguous(l, 0, m, k);
         for (int l = L - 1; l >= 0; --l) update_layer(l, m, k);
         if (p.raw.d_x) {
             const auto& layer = p.layers[0];
