@@ -233,6 +233,21 @@ def test_inference_equals_training():
 
 
 @requires_native
+@pytest.mark.parametrize(("hidden", "dtype"), [(37, torch.float32), (16, torch.float32), (19, torch.float64)])
+def test_a_large_output_is_that_of_its_parts(hidden, dtype):
+    """It is written past the cache."""
+    rnn = network("gru", "skip", 1, hidden, 1, "native", bias=-1.0, dtype=dtype)
+    x = torch.randn(48, (1 << 24) // (48 * hidden * dtype.itemsize) + 7, 1, dtype=dtype)
+    lengths = torch.randint(0, x.shape[1] + 1, (48,))
+    with torch.no_grad():
+        output, _, updates = rnn(x, lengths=lengths)
+        parts = [rnn(x[b : b + 6], lengths=lengths[b : b + 6]) for b in range(0, 48, 6)]
+    assert output.nbytes >= 1 << 24 > parts[0][0].nbytes
+    assert torch.equal(output, torch.cat([part[0] for part in parts]))
+    assert 0.1 < updates.mean() < 0.9
+
+
+@requires_native
 def test_func_grad_sees_an_ordinary_operator():
     rnn = network("gru", "skip", 2, 5, 1, "native", bias=-1.0, dtype=torch.float64)
     x = torch.randn(3, 20, 2, dtype=torch.float64)

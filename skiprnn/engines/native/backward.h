@@ -95,8 +95,8 @@ private:
     int items_ = 0;
     std::vector<int> item_row_;
     std::vector<int64_t> item_time_;
-    std::vector<const T*> zp_, hp_, cp_;
-    std::vector<T*> h_new_, c_new_;
+    std::vector<const T*> hp_, cp_;
+    std::vector<T*> zp_, h_new_, c_new_;
 
     int64_t row(int i) const { return first_ + order_[i]; }
     int64_t updates(int i) const { return int64_t(times_[order_[i]].size()); }
@@ -121,7 +121,9 @@ private:
         if (!p.raw.d_output) return false;
         const int H = p.top().H;
         const T* d = p.get(p.raw.d_output) + (row(i) * p.T_ + t) * H;
-        if (std::all_of(d, d + H, [](T value) { return value == 0; })) return false;
+        bool any = false;
+        for (int n = 0; n < H; ++n) any |= d[n] != 0;  // without leaving early: that is not vectorised
+        if (!any) return false;
         T* to = work_[L - 1].H + size_t(i) * p.top().P;
         for (int n = 0; n < H; ++n) to[n] += d[n];
         return true;
@@ -314,24 +316,15 @@ private:
                 std::memcpy(w.below + size_t(i) * width, p.saved_h(l - 1, k + 1, row(i)), width * sizeof(T));
         }
         const bool projected = l == 0 && p.raw.projected;
-        if (projected)
-            p.gather_projected(m, w.xin, [&](int i) { return row(i) * p.T_ + times_[order_[i]][k]; });
-        else
-            multiply<T>(m, below, width, layer.input, w.xin, X, Start::kBias, layer.bias);
-        for (int i = 0; p.neurons && i < m; ++i) split(i, k);
-        if (p.lstm) {
-            for (int i = 0; i < m; ++i)
-                lstm_backward<T>(P, w.xin + i * X, p.saved_z(l, k, row(i)), p.saved_c(l, k, row(i)), w.H + i * P,
-                                 w.C + i * P, w.dg + i * X);
+        if (p.keeps_gates()) {
+            gate_gradients<Z::kGates>(l, m, k);
         } else {
-            for (int i = 0; i < m; ++i)
-                gru_backward_candidate<T>(P, w.xin + i * X, p.saved_z(l, k, row(i)), w.previous + i * P, w.H + i * P,
-                                          w.dg + i * X, w.rh + i * P);
-            multiply<T>(m, w.dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
-            for (int i = 0; i < m; ++i)
-                gru_backward_reset<T>(P, w.xin + i * X, p.saved_z(l, k, row(i)), w.previous + i * P, w.drh + i * P,
-                                      w.H + i * P, w.dg + i * X);
-            multiply_transposed<T>(H, P, m, w.rh, P, w.dg + 2 * P, X, sums.weight_hh + 2 * P, 3 * P);
+            if (projected)
+                p.gather_projected(m, w.xin, [&](int i) { return row(i) * p.T_ + times_[order_[i]][k]; });
+            else
+                multiply<T>(m, below, width, layer.input, w.xin, X, Start::kBias, layer.bias);
+            for (int i = 0; p.neurons && i < m; ++i) split(i, k);
+            gate_gradients<Z::kPart>(l, m, k);
         }
         for (int i = 0; p.neurons && i < m; ++i) join(i);
         multiply<T>(m, w.dg, X, layer.recurrent_back, w.H, P, Start::kAccumulate);
@@ -345,13 +338,35 @@ private:
         if (l) multiply<T>(m, w.dg, X, layer.input_back, work_[l - 1].H, width, Start::kAccumulate);
     }
 
+    // From the new state's gradients those of the gates, and what of them flows to the previous state without a product.
+    template <Z kZ>
+    void gate_gradients(int l, int m, int64_t k) {
+        const auto& layer = p.layers[l];
+        auto& w = work_[l];
+        const int P = layer.P, X = layer.X;
+        if (p.lstm) {
+            for (int i = 0; i < m; ++i)
+                lstm_backward<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), p.saved_c(l, k, row(i)),
+                                     p.saved_c(l, k + 1, row(i)), w.H + i * P, w.C + i * P, w.dg + i * X);
+            return;
+        }
+        for (int i = 0; i < m; ++i)
+            gru_backward_candidate<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), w.previous + i * P, w.H + i * P,
+                                          w.dg + i * X, w.rh + i * P);
+        multiply<T>(m, w.dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
+        for (int i = 0; i < m; ++i)
+            gru_backward_reset<T>(P, w.previous + i * P, w.drh + i * P, w.H + i * P, w.dg + i * X);
+        multiply_transposed<T>(layer.H, P, m, w.rh, P, w.dg + 2 * P, X, gradients[l].weight_hh + 2 * P, 3 * P);
+    }
+
     // Neuron policies: of the gradients of the new state, what goes to the candidate, to the old state and to the decision.
     void split(int i, int64_t k) {
         const auto& layer = p.top();
         auto& w = work_[0];
         const int P = layer.P;
         const int64_t b = row(i), step = b * p.T_ + times_[order_[i]][k];
-        const T *xin = w.xin + size_t(i) * layer.X, *z = p.saved_z(0, k, b), *h = w.previous + size_t(i) * P;
+        const T *xin = w.xin + size_t(i) * layer.X, *h = w.previous + size_t(i) * P;
+        T* z = p.saved_z(0, k, b);
         const T* u = p.get(p.raw.updates) + step * layer.H;
         T *H = w.H + size_t(i) * P, *C = w.C + size_t(i) * P, *kept = w.kept + size_t(i) * 2 * P;
         const bool learned = p.policy == Policy::kSelective;
@@ -359,9 +374,9 @@ private:
             T *h_new = w.candidates, *c_new = h_new + P, *da = w.dg + size_t(i) * layer.X + layer.G * P;
             const T *c = p.lstm ? p.saved_c(0, k, b) : nullptr, slope = T(p.raw.slope);
             if (p.lstm)
-                lstm_candidate<T>(P, xin, z, c, h_new, c_new);
+                lstm_candidate<T, Z::kPart>(P, xin, z, c, h_new, c_new);
             else
-                gru_candidate<T>(P, xin, z, z + 2 * P, h, h_new);
+                gru_candidate<T, Z::kPart>(P, xin, z, z + 2 * P, h, h_new);
             std::fill(da, da + P, T(0));
             for (int n = 0; n < layer.H; ++n) {
                 const T ramp = ((xin[layer.G * P + n] + layer.gate_state[n] * h[n]) * slope + 1) / 2;

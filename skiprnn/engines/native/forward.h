@@ -18,16 +18,17 @@ struct Candidates {
         zc.allocate(size_t(items) * P);
     }
 
-    void compute(const Layer<T>& layer, bool lstm, int m, const T* xin, const T* const* z, const T* const* h,
+    void compute(const Layer<T>& layer, bool lstm, int m, const T* xin, T* const* z, const T* const* h,
                  const T* const* c, T* const* h_new, T* const* c_new) {
         const int P = layer.P, X = layer.X;
+        constexpr Z kPart = Z::kPart;
         if (lstm) {
-            for (int r = 0; r < m; ++r) lstm_candidate<T>(P, xin + r * X, z[r], c[r], h_new[r], c_new[r]);
+            for (int r = 0; r < m; ++r) lstm_candidate<T, kPart>(P, xin + r * X, z[r], c[r], h_new[r], c_new[r]);
             return;
         }
-        for (int r = 0; r < m; ++r) gru_reset<T>(P, xin + r * X, z[r], h[r], rh + r * P);
+        for (int r = 0; r < m; ++r) gru_reset<T, kPart>(P, xin + r * X, z[r], h[r], rh + r * P);
         multiply<T>(m, rh, P, layer.candidate, zc, P, Start::kZero);
-        for (int r = 0; r < m; ++r) gru_candidate<T>(P, xin + r * X, z[r], zc + r * P, h[r], h_new[r]);
+        for (int r = 0; r < m; ++r) gru_candidate<T, kPart>(P, xin + r * X, z[r], zc + r * P, h[r], h_new[r]);
     }
 };
 
@@ -64,6 +65,8 @@ inline void decide_neurons(const Problem<T>& p, const Layer<T>& layer, int64_t s
         u[n] = ((gate[n] + layer.gate_state[n] * h[n]) * T(p.raw.slope) + 1) / 2 > T(0.5);
 }
 
+constexpr int64_t kMuch = 1 << 24;  // bytes of output that a cache would not keep
+
 template <class T>
 class Forward {
 public:
@@ -72,7 +75,7 @@ public:
           weight_(policy_weight(p)), time_(rows_), q_(rows_), s_(rows_) {
         int widest = 0, widest_input = 0, P = 0;
         for (const auto& layer : p.layers) {
-            widest = std::max(widest, layer.R);
+            widest = std::max(widest, layer.G * layer.P);
             widest_input = std::max(widest_input, layer.X);
             P = std::max(P, layer.P);
             h_.emplace_back(save_ ? 0 : size_t(rows_) * layer.P);
@@ -115,8 +118,8 @@ private:
     std::vector<int64_t> time_;  // of each row's next update
     std::vector<T> q_, s_;
     std::vector<int> active_;
-    std::vector<const T*> zp_, hp_, cp_;
-    std::vector<T*> h_new_, c_new_;
+    std::vector<const T*> hp_, cp_;
+    std::vector<T*> zp_, h_new_, c_new_;
 
     T* h(int l, int64_t k, int r) { return save_ ? p.saved_h(l, k, first_ + r) : h_[l] + r * p.layers[l].P; }
     T* c(int l, int64_t k, int r) {
@@ -148,19 +151,16 @@ private:
         if (p.policy == Policy::kRandomSteps) {
             while (t < end && !(p.get(p.raw.draw)[b * p.T_ + t] > T(0.5))) ++t;
         } else if (p.policy == Policy::kSkip) {
-            for (; t < end; ++t) {  // repeated addition, as the reference: eq. 6 in closed form differs at exact ties
-                const T accumulated = s_[r] + std::min(q_[r], 1 - s_[r]);
-                if (accumulated > T(0.5)) break;
-                s_[r] = accumulated;
-            }
+            // repeated addition, as the reference: eq. 6 in closed form differs at exact ties
+            T s = s_[r], accumulated = s + std::min(q_[r], 1 - s);
+            for (; t < end && !(accumulated > T(0.5)); ++t) s = accumulated, accumulated = s + q_[r];  // q <= 1 - s now
+            s_[r] = s;
             if (save_) *p.saved_q(k, b) = q_[r], *p.saved_s(k, b) = s_[r];
         }
         time_[r] = t;
-        const T* state = h(L - 1, k, r);
-        const int64_t H = p.top().H, to = t < end ? t : p.T_;
-        T* out = p.get(p.raw.output) + b * p.T_ * H;
-        for (int64_t step = std::max<int64_t>(from - 1, 0); step < to; ++step)
-            std::memcpy(out + step * H, state, H * sizeof(T));
+        const int64_t H = p.top().H, first = std::max<int64_t>(from - 1, 0), last = t < end ? t : p.T_;
+        T* output = p.get(p.raw.output) + (b * p.T_ + first) * H;
+        repeat<T>(h(L - 1, k, r), H, last - first, output, p.B * p.T_ * H * int64_t(sizeof(T)) >= kMuch);
         if (t == end) finish(r, k);
     }
 
@@ -174,7 +174,7 @@ private:
         if (p.policy == Policy::kSkip) p.get(p.raw.q)[b] = q_[r], p.get(p.raw.s)[b] = s_[r];
     }
 
-    // Rows of h, contiguous for a product.
+    // The active rows of h, contiguous for a product; gathered if they are not.
     const T* contiguous(int l, int64_t k) {
         const int P = p.layers[l].P;
         if (int(active_.size()) == rows_) return h(l, k, 0);
@@ -185,18 +185,9 @@ private:
     // Update number k of the active rows in one layer.
     void update(int l, int64_t k) {
         const auto& layer = p.layers[l];
-        const int m = int(active_.size()), P = layer.P, R = layer.R;
-        if (l == 0 && p.raw.projected)
-            p.gather_projected(m, xin_, [&](int i) { return (first_ + active_[i]) * p.T_ + time_[active_[i]]; });
-        else if (l == 0)
-            multiply<T>(m, x_, layer.I, layer.input, xin_, layer.X, Start::kBias, layer.bias);
-        else
-            multiply<T>(m, contiguous(l - 1, k + 1), p.layers[l - 1].P, layer.input, xin_, layer.X, Start::kBias,
-                        layer.bias);
+        const int m = int(active_.size()), P = layer.P, width = layer.G * P;
         const bool in_place = save_ && m == rows_;
         T* z = in_place ? p.saved_z(l, k, first_) : z_;
-        const int width = in_place ? layer.G * P : R;
-        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, width, Start::kZero);
         zp_.clear(), hp_.clear(), cp_.clear(), h_new_.clear(), c_new_.clear();
         for (int i = 0; i < m; ++i) {
             const int r = active_[i];
@@ -206,13 +197,48 @@ private:
             h_new_.push_back(p.neurons ? mixed_ + size_t(i) * 2 * P : h(l, k + 1, r));
             c_new_.push_back(p.neurons ? mixed_ + size_t(i) * 2 * P + P : c(l, k + 1, r));
         }
-        candidates_.compute(layer, p.lstm, m, xin_, zp_.data(), hp_.data(), cp_.data(), h_new_.data(), c_new_.data());
-        for (int i = 0; save_ && i < m; ++i) {
-            T* saved = p.saved_z(l, k, first_ + active_[i]);
-            if (!in_place) std::memcpy(saved, zp_[i], R * sizeof(T));
-            if (!p.lstm) std::memcpy(saved + R, candidates_.zc + i * P, P * sizeof(T));
-        }
+        if (p.keeps_gates())
+            whole(l, k, m, z);
+        else
+            in_parts(l, k, m, z);
+        for (int i = 0; save_ && !in_place && i < m; ++i)
+            std::memcpy(p.saved_z(l, k, first_ + active_[i]), zp_[i], width * sizeof(T));
         for (int i = 0; p.neurons && i < m; ++i) mix(l, k, i);
+    }
+
+    // The input's part of the active rows' pre-activations.
+    void project(int l, int64_t k, int m, T* xin) {
+        const auto& layer = p.layers[l];
+        if (l == 0 && p.raw.projected)
+            p.gather_projected(m, xin, [&](int i) { return (first_ + active_[i]) * p.T_ + time_[active_[i]]; });
+        else
+            multiply<T>(m, l ? contiguous(l - 1, k + 1) : x_, l ? p.layers[l - 1].P : layer.I, layer.input, xin,
+                        layer.X, Start::kBias, layer.bias);
+    }
+
+    // Candidates, z without the input's part: backward joins it with the inputs of skipped steps as well.
+    void in_parts(int l, int64_t k, int m, T* z) {
+        const auto& layer = p.layers[l];
+        const int P = layer.P;
+        project(l, k, m, xin_);
+        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, layer.G * P, Start::kZero);
+        candidates_.compute(layer, p.lstm, m, xin_, zp_.data(), hp_.data(), cp_.data(), h_new_.data(), c_new_.data());
+        for (int i = 0; !p.lstm && i < m; ++i) std::memcpy(zp_[i] + layer.R, candidates_.zc + i * P, P * sizeof(T));
+    }
+
+    // The same from whole pre-activations, which the gates replace in z.
+    void whole(int l, int64_t k, int m, T* z) {
+        const auto& layer = p.layers[l];
+        const int P = layer.P, R = layer.R, width = layer.G * P;
+        project(l, k, m, z);
+        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, width, Start::kAccumulate);
+        if (p.lstm) {
+            for (int i = 0; i < m; ++i) lstm_candidate<T, Z::kGates>(P, z, zp_[i], cp_[i], h_new_[i], c_new_[i]);
+            return;
+        }
+        for (int i = 0; i < m; ++i) gru_reset<T, Z::kGates>(P, z, zp_[i], hp_[i], candidates_.rh + i * P);
+        multiply<T>(m, candidates_.rh, P, layer.candidate, z + R, width, Start::kAccumulate);
+        for (int i = 0; i < m; ++i) gru_candidate<T, Z::kGates>(P, z, zp_[i], zp_[i] + R, hp_[i], h_new_[i]);
     }
 
     // Each neuron takes its candidate or stays.

@@ -109,6 +109,9 @@ struct Problem {
         for (int l = 0; l < raw.layers; ++l) layers.emplace_back(raw.layer[l], lstm, policy == Policy::kSelective);
     }
 
+    // Whether backward finds the gates in saved_z. Skip's needs the product with h alone, which skipped steps use as well.
+    bool keeps_gates() const { return policy == Policy::kAlways || policy == Policy::kRandomSteps; }
+
     const Layer<T>& top() const { return layers.back(); }
     int64_t length(int64_t b) const {
         return raw.lengths ? std::min(std::max<int64_t>(raw.lengths[b], 0), T_) : T_;

@@ -1,7 +1,11 @@
 // Vectors of the widest kind the compiler was told it may use, and exp, sigmoid, tanh on them.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 namespace skiprnn {
 
@@ -118,6 +122,12 @@ inline Vector<T> sigmoid(Vector<T> x) {
     return T(1) / sigmoid_inverse<T>(x);
 }
 
+template <class T>
+inline Vector<T> tanh(Vector<T> x) {
+    const Vector<T> e = tanh_exponential<T>(x);
+    return e / (e + T(2));
+}
+
 // sigmoid(a) * tanh(b) for one division
 template <class T>
 inline Vector<T> sigmoid_times_tanh(Vector<T> a, Vector<T> b) {
@@ -132,6 +142,32 @@ inline void sigmoid_and_tanh(Vector<T> a, Vector<T> b, Vector<T>& sigmoid_a, Vec
     const Vector<T> inverse = T(1) / (s * e2);
     sigmoid_a = inverse * e2;
     tanh_b = e * (inverse * s);
+}
+
+// Copies of a row (H), one after the other; streamed past the cache, which then need not fetch what is overwritten.
+template <class T>
+void repeat(const T* row, int64_t H, int64_t copies, T* to, [[maybe_unused]] bool stream) {
+#if defined(__x86_64__)
+    constexpr int64_t kLine = 64 / sizeof(T), kPiece = sizeof(__m128i) / sizeof(T);
+    const int64_t total = copies * H, head = int64_t(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+    if (stream && H >= kLine && total >= head + 2 * kLine) {
+        T wrapped[2 * kPiece];  // the end of the row and its beginning again
+        std::memcpy(wrapped, row + H - kPiece, kPiece * sizeof(T));
+        std::memcpy(wrapped + kPiece, row, kPiece * sizeof(T));
+        std::memcpy(to, row, head * sizeof(T));
+        int64_t at = head, entry = head % H;
+        for (; at + kLine <= total; at += kLine)
+            for (int64_t piece = 0; piece < kLine; piece += kPiece) {
+                const T* from = entry + kPiece <= H ? row + entry : wrapped + entry - (H - kPiece);
+                const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+                _mm_stream_si128(reinterpret_cast<__m128i*>(to + at + piece), value);
+                if ((entry += kPiece) >= H) entry -= H;
+            }
+        for (; at < total; ++at) to[at] = row[entry], entry = entry + 1 < H ? entry + 1 : 0;
+        return;
+    }
+#endif
+    for (int64_t copy = 0; copy < copies; ++copy) std::memcpy(to + copy * H, row, H * sizeof(T));
 }
 
 }  // namespace skiprnn
