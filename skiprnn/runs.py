@@ -9,6 +9,7 @@ OUTPUT/DATASET/ROW/seedK_HASH/
   failed.json    why the last attempt stopped, if it failed
 """
 
+import functools
 import io
 import json
 import os
@@ -271,19 +272,28 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+@functools.cache
+def code_version() -> dict[str, Any] | None:
+    """The git commit, and whether files differ from it, when this process first asked: what is committed later is not
+    what it runs. None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def provenance(device: torch.device, engine: str) -> dict[str, Any]:
     """Where a result comes from: code, versions, machine."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {
-        "git": {"commit": commit, "dirty": bool(changes)} if commit else None,
+        "git": code_version(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),

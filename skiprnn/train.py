@@ -38,7 +38,15 @@ from skiprnn.config import ConfigError, RunConfig
 from skiprnn.data.base import DataError, SequenceData
 from skiprnn.module import DivergedError, SequenceModule
 from skiprnn.pack import PackCheckpointIO, PackedModule, PackKeeper, RunDivergedError
-from skiprnn.runs import AtomicCheckpointIO, RunFolder, RunKeeper, load_weights, provenance, read_checkpoint
+from skiprnn.runs import (
+    AtomicCheckpointIO,
+    RunFolder,
+    RunKeeper,
+    code_version,
+    load_weights,
+    provenance,
+    read_checkpoint,
+)
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 USER_ERRORS = (ConfigError, DataError, DivergedError)  # one line says it all; everything else keeps its traceback
@@ -62,6 +70,7 @@ def device_of(run: RunConfig) -> torch.device:
 def prepare_process(run: RunConfig) -> None:
     """Threads, and numbers too small to be normal as 0: over hundreds of steps gradients fade into them, and they are
     slow beyond measure on a CPU."""
+    code_version()  # asked before the run, not after it
     torch.set_flush_denormal(True)
     if run.threads:
         torch.set_num_threads(run.threads)

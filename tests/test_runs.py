@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ from conftest import SMALL, command
 
 from skiprnn import runs, train
 from skiprnn.config import ConfigError
-from skiprnn.module import DivergedError
+from skiprnn.module import DivergedError, SequenceModule
 
 # Runs training in a process that is killed in the middle of writing a file for the n-th time, or in the n-th step.
 KILLED_RUN = """
@@ -100,6 +101,31 @@ def test_same_command_gives_the_same_record(unbroken, small_run):
     run = small_run(*MODEL)
     record = train.train(run)
     assert without_times(record) == without_times(json.loads((unbroken[1] / "record.json").read_text()))
+
+
+def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=test", "-c", "user.email=test"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit_and_validate(self, *arguments):
+        git("commit", "--allow-empty", "-m", "while it runs")
+        return validate(self, *arguments)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "before")
+    before = git("rev-parse", "HEAD")
+    validate = SequenceModule.validation_step
+    monkeypatch.setattr(SequenceModule, "validation_step", commit_and_validate)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    runs.code_version.cache_clear()
+    try:
+        record = train.train(small_run("training.epochs=1"))
+    finally:
+        runs.code_version.cache_clear()
+    assert git("rev-parse", "HEAD") != before
+    assert record["git"] == {"commit": before, "dirty": False}
 
 
 def test_learning_rate_falls_in_equal_steps_at_the_end(small_run):
