@@ -42,13 +42,15 @@ public:
             w.xin.allocate(size_t(std::max(rows_, kItems)) * layer.X);
             w.candidates.allocate(size_t(kItems) * 2 * layer.P);
             w.scratch.allocate(kItems, layer.P, p.lstm);
-            w.dg.allocate(size_t(rows_) * layer.X);
-            w.rh.allocate(p.lstm ? 0 : size_t(rows_) * layer.P);
+            w.capacity = std::max(rows_, kItems);
+            w.h.allocate(size_t(w.capacity) * layer.P);
+            w.below.allocate(size_t(w.capacity) * width_below(l));
+            w.dg.allocate(size_t(w.capacity) * layer.X);
+            w.rh.allocate(p.lstm ? 0 : size_t(w.capacity) * layer.P);
             w.drh.allocate(p.lstm ? 0 : size_t(rows_) * layer.P);
-            w.below.allocate(l ? size_t(rows_) * p.layers[l - 1].P : 0);
             w.kept.allocate(p.neurons ? size_t(rows_) * 2 * layer.P : 0);
         }
-        x_.allocate(size_t(std::max(rows_, kItems)) * p.layers[0].I);
+        x_.allocate(size_t(kItems) * p.layers[0].I);
         if (p.raw.d_x) dx_.allocate(size_t(rows_) * padded(p.layers[0].I));
         find_updates();
     }
@@ -62,19 +64,23 @@ public:
             pass_skipped(m, k);
             if (k) update(m, k - 1);
         }
+        for (int l = 0; l < L; ++l) add_to_weights(l);
         for (int i = 0; i < rows_; ++i) finish(i);
     }
 
 private:
-    static constexpr int kItems = 64;  // candidates of skipped steps computed together
+    static constexpr int kItems = 64;  // candidates of skipped steps computed together; updates that meet the weights so
     struct Work {
-        Buffer<T> H, C;          // gradients of the states, rows in order_
-        Buffer<T> tail;          // z of rows that skip after their last update
-        Buffer<T> gathered;      // rows of h
-        const T* previous;       // h before the update
-        Buffer<T> xin, dg, rh, drh, below, candidates;
+        Buffer<T> H, C;      // gradients of the states, rows in order_
+        Buffer<T> tail;      // z of rows that skip after their last update
+        Buffer<T> gathered;  // rows of h
+        Buffer<T> xin, drh, candidates;
         Buffer<T> kept;  // gradients of neurons that did not update
         Candidates<T> scratch;
+        // Of updates whose weights' gradients are not summed yet, and of the one at work, whose rows begin at `held`:
+        // h before, the input, the gates' gradients, r * h.
+        Buffer<T> h, below, dg, rh;
+        int held = 0, capacity = 0;
     };
     struct Step {  // a skipped step of row order_[i]
         int i, candidate;
@@ -87,7 +93,6 @@ private:
     Buffer<T> weight_;
     std::vector<std::vector<int32_t>> times_;  // of each row's updates
     std::vector<int> order_;
-    bool in_order_ = false;  // whether that is their order in the batch
     std::vector<T> Q_, S_;
     std::vector<Work> work_;
     Buffer<T> x_, dx_;
@@ -98,6 +103,7 @@ private:
     std::vector<const T*> hp_, cp_;
     std::vector<T*> zp_, h_new_, c_new_;
 
+    int width_below(int l) const { return l ? p.layers[l - 1].P : p.layers[0].I; }
     int64_t row(int i) const { return first_ + order_[i]; }
     int64_t updates(int i) const { return int64_t(times_[order_[i]].size()); }
     int64_t skipped_from(int i, int64_t k) const { return k ? times_[order_[i]][k - 1] + 1 : 0; }
@@ -113,7 +119,6 @@ private:
         }
         std::stable_sort(order_.begin(), order_.end(),
                          [&](int a, int b) { return times_[a].size() > times_[b].size(); });
-        in_order_ = std::is_sorted(order_.begin(), order_.end());
     }
 
     // The gradient of the output at one step joins that of the top layer's h; false if there is none.
@@ -156,24 +161,17 @@ private:
         if (p.policy == Policy::kSkip) p.get(p.raw.d_q0)[b] = Q_[i], p.get(p.raw.d_s0)[b] = S_[i];
     }
 
-    // h of rows before their update number k, contiguous for a product.
-    const T* contiguous(int l, int from, int to, int64_t k) {
-        if (in_order_ && to - from == rows_) return p.saved_h(l, k, first_);
-        const int P = p.layers[l].P;
-        T* gathered = work_[l].gathered;
-        for (int i = from; i < to; ++i)
-            std::memcpy(gathered + size_t(i - from) * P, p.saved_h(l, k, row(i)), P * sizeof(T));
-        return gathered;
-    }
-
     // Rows that skip after their last update have no saved z: compute it.
     void product_of_tail(int from, int to, int64_t k) {
         if (from == to) return;
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
             auto& w = work_[l];
-            multiply<T>(to - from, contiguous(l, from, to, k), layer.P, layer.recurrent,
-                        w.tail + size_t(from) * layer.R, layer.R, Start::kZero);
+            const int P = layer.P;
+            for (int i = from; i < to; ++i)
+                std::memcpy(w.gathered + size_t(i - from) * P, p.saved_h(l, k, row(i)), P * sizeof(T));
+            multiply<T>(to - from, w.gathered, P, layer.recurrent, w.tail + size_t(from) * layer.R, layer.R,
+                        Start::kZero);
         }
     }
 
@@ -263,22 +261,46 @@ private:
     // Update number k of the first m rows.
     void update(int m, int64_t k) {
         const int I = p.layers[0].I;
+        for (int l = 0; l < L; ++l) {
+            auto& w = work_[l];
+            if (w.held + m > w.capacity) add_to_weights(l);
+            for (int i = 0; i < m; ++i) {
+                const T* from = l ? p.saved_h(l - 1, k + 1, row(i)) : p.x(row(i), times_[order_[i]][k]);
+                std::memcpy(w.below + size_t(w.held + i) * width_below(l), from, width_below(l) * sizeof(T));
+                std::memcpy(w.h + size_t(w.held + i) * p.layers[l].P, p.saved_h(l, k, row(i)), p.layers[l].P * sizeof(T));
+            }
+        }
         for (int i = 0; i < m; ++i) {
             const int64_t t = times_[order_[i]][k];
-            std::memcpy(x_ + size_t(i) * I, p.x(row(i), t), I * sizeof(T));
             add_output(i, t);
             if (p.policy == Policy::kSkip) gate(i, k, t);
         }
-        for (int l = 0; l < L; ++l) work_[l].previous = contiguous(l, 0, m, k);
         for (int l = L - 1; l >= 0; --l) update_layer(l, m, k);
         if (p.raw.d_x) {
             const auto& layer = p.layers[0];
             const int width = padded(I);
-            multiply<T>(m, work_[0].dg, layer.X, layer.input_back, dx_, width, Start::kZero);
+            multiply<T>(m, work_[0].dg + size_t(work_[0].held) * layer.X, layer.X, layer.input_back, dx_, width,
+                        Start::kZero);
             for (int i = 0; i < m; ++i)
                 std::memcpy(p.get(p.raw.d_x) + (row(i) * p.T_ + times_[order_[i]][k]) * I, dx_ + size_t(i) * width,
                             I * sizeof(T));
         }
+        for (auto& w : work_) w.held += m;
+    }
+
+    // The held updates' share of the gradients of a layer's weights: one product of many rows, not many of few.
+    void add_to_weights(int l) {
+        const auto& layer = p.layers[l];
+        auto& w = work_[l];
+        auto& sums = gradients[l];
+        const int P = layer.P, X = layer.X, R = layer.R, H = layer.H, columns = layer.G * P;
+        const T one = 1;
+        multiply_transposed<T>(H, R, w.held, w.h, P, w.dg, X, sums.weight_hh, columns);
+        if (!p.lstm) multiply_transposed<T>(H, P, w.held, w.rh, P, w.dg + R, X, sums.weight_hh + R, columns);
+        if (l || !p.raw.projected)
+            multiply_transposed<T>(layer.I, X, w.held, w.below, width_below(l), w.dg, X, sums.weight_ih, X);
+        multiply_transposed<T>(1, X, w.held, &one, 0, w.dg, X, sums.bias, X);
+        w.held = 0;
     }
 
     // Skip's gate at an update (u = 1): du goes to q and s before the step, Q to what the candidate proposed.
@@ -306,15 +328,8 @@ private:
     void update_layer(int l, int m, int64_t k) {
         const auto& layer = p.layers[l];
         auto& w = work_[l];
-        auto& sums = gradients[l];
-        const int P = layer.P, X = layer.X, R = layer.R, H = layer.H;
-        const T* below = x_;
-        const int width = l ? p.layers[l - 1].P : layer.I;
-        if (l) {
-            below = w.below;
-            for (int i = 0; i < m; ++i)
-                std::memcpy(w.below + size_t(i) * width, p.saved_h(l - 1, k + 1, row(i)), width * sizeof(T));
-        }
+        const int P = layer.P, X = layer.X;
+        T* dg = w.dg + size_t(w.held) * X;
         const bool projected = l == 0 && p.raw.projected;
         if (p.keeps_gates()) {
             gate_gradients<Z::kGates>(l, m, k);
@@ -322,20 +337,17 @@ private:
             if (projected)
                 p.gather_projected(m, w.xin, [&](int i) { return row(i) * p.T_ + times_[order_[i]][k]; });
             else
-                multiply<T>(m, below, width, layer.input, w.xin, X, Start::kBias, layer.bias);
+                multiply<T>(m, w.below + size_t(w.held) * width_below(l), width_below(l), layer.input, w.xin, X,
+                            Start::kBias, layer.bias);
             for (int i = 0; p.neurons && i < m; ++i) split(i, k);
             gate_gradients<Z::kPart>(l, m, k);
         }
         for (int i = 0; p.neurons && i < m; ++i) join(i);
-        multiply<T>(m, w.dg, X, layer.recurrent_back, w.H, P, Start::kAccumulate);
-        multiply_transposed<T>(H, R, m, w.previous, P, w.dg, X, sums.weight_hh, layer.G * P);
+        multiply<T>(m, dg, X, layer.recurrent_back, w.H, P, Start::kAccumulate);
         for (int i = 0; projected && i < m; ++i)
-            std::memcpy(p.get(p.raw.d_projected) + (p.raw.row_starts[row(i)] + k) * X, w.dg + size_t(i) * X,
+            std::memcpy(p.get(p.raw.d_projected) + (p.raw.row_starts[row(i)] + k) * X, dg + size_t(i) * X,
                         X * sizeof(T));
-        if (!projected) multiply_transposed<T>(layer.I, X, m, below, width, w.dg, X, sums.weight_ih, X);
-        const T one = 1;
-        multiply_transposed<T>(1, X, m, &one, 0, w.dg, X, sums.bias, X);
-        if (l) multiply<T>(m, w.dg, X, layer.input_back, work_[l - 1].H, width, Start::kAccumulate);
+        if (l) multiply<T>(m, dg, X, layer.input_back, work_[l - 1].H, width_below(l), Start::kAccumulate);
     }
 
     // From the new state's gradients those of the gates, and what of them flows to the previous state without a product.
@@ -344,19 +356,20 @@ private:
         const auto& layer = p.layers[l];
         auto& w = work_[l];
         const int P = layer.P, X = layer.X;
+        const T* h = w.h + size_t(w.held) * P;
+        T *dg = w.dg + size_t(w.held) * X, *rh = w.rh + size_t(w.held) * P;
         if (p.lstm) {
             for (int i = 0; i < m; ++i)
                 lstm_backward<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), p.saved_c(l, k, row(i)),
-                                     p.saved_c(l, k + 1, row(i)), w.H + i * P, w.C + i * P, w.dg + i * X);
+                                     p.saved_c(l, k + 1, row(i)), w.H + i * P, w.C + i * P, dg + i * X);
             return;
         }
         for (int i = 0; i < m; ++i)
-            gru_backward_candidate<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), w.previous + i * P, w.H + i * P,
-                                          w.dg + i * X, w.rh + i * P);
-        multiply<T>(m, w.dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
+            gru_backward_candidate<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), h + i * P, w.H + i * P, dg + i * X,
+                                          rh + i * P);
+        multiply<T>(m, dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
         for (int i = 0; i < m; ++i)
-            gru_backward_reset<T>(P, w.previous + i * P, w.drh + i * P, w.H + i * P, w.dg + i * X);
-        multiply_transposed<T>(layer.H, P, m, w.rh, P, w.dg + 2 * P, X, gradients[l].weight_hh + 2 * P, 3 * P);
+            gru_backward_reset<T>(P, h + i * P, w.drh + i * P, w.H + i * P, dg + i * X);
     }
 
     // Neuron policies: of the gradients of the new state, what goes to the candidate, to the old state and to the decision.
@@ -365,13 +378,13 @@ private:
         auto& w = work_[0];
         const int P = layer.P;
         const int64_t b = row(i), step = b * p.T_ + times_[order_[i]][k];
-        const T *xin = w.xin + size_t(i) * layer.X, *h = w.previous + size_t(i) * P;
+        const T *xin = w.xin + size_t(i) * layer.X, *h = w.h + size_t(w.held + i) * P;
         T* z = p.saved_z(0, k, b);
         const T* u = p.get(p.raw.updates) + step * layer.H;
         T *H = w.H + size_t(i) * P, *C = w.C + size_t(i) * P, *kept = w.kept + size_t(i) * 2 * P;
         const bool learned = p.policy == Policy::kSelective;
         if (learned) {
-            T *h_new = w.candidates, *c_new = h_new + P, *da = w.dg + size_t(i) * layer.X + layer.G * P;
+            T *h_new = w.candidates, *c_new = h_new + P, *da = w.dg + size_t(w.held + i) * layer.X + layer.G * P;
             const T *c = p.lstm ? p.saved_c(0, k, b) : nullptr, slope = T(p.raw.slope);
             if (p.lstm)
                 lstm_candidate<T, Z::kPart>(P, xin, z, c, h_new, c_new);
@@ -400,7 +413,7 @@ private:
         add_scaled<T>(P, 1, w.kept + size_t(i) * 2 * P, w.H + size_t(i) * P);
         add_scaled<T>(P, 1, w.kept + size_t(i) * 2 * P + P, w.C + size_t(i) * P);
         if (p.policy != Policy::kSelective) return;
-        const T* da = w.dg + size_t(i) * layer.X + layer.G * P;
+        const T* da = w.dg + size_t(w.held + i) * layer.X + layer.G * P;
         for (int n = 0; n < layer.H; ++n) w.H[size_t(i) * P + n] += da[n] * layer.gate_state[n];
     }
 };
