@@ -209,7 +209,9 @@ class Recurrent(nn.Module):
             for layer in entry:
                 if layer.dtype != dtype:
                     raise ValueError(f"state {name} is {layer.dtype}, the parameters are {dtype}: convert one of them")
-        return list(zip(*entries, strict=True)), given_gate or gate
+        # rows of their own: native takes an expanded state for one that all sequences share
+        layers = [[layer.contiguous() for layer in entry] for entry in entries]
+        return list(zip(*layers, strict=True)), given_gate or gate
 
     def _pack(self, states: list[State], gate: tuple[Tensor, ...]) -> RecurrentState:
         """The public form of per-layer states and gate."""

@@ -31,9 +31,9 @@ def network(cell, policy, inputs, hidden, layers, engine, seed=0, bias=0.0, slop
     return rnn
 
 
-def results(rnn, x, seed, state=None, lengths=None) -> dict[str, torch.Tensor]:
+def results(rnn, x, seed, state=None, lengths=None, input_gradient=True) -> dict[str, torch.Tensor]:
     """Everything a run gives, and the gradient of a random combination of all of it in everything that has one."""
-    x = x.detach().requires_grad_()
+    x = x.detach().requires_grad_(input_gradient)
     given = [part.detach().requires_grad_() for part in state or [] if part is not None]
     if state is not None:
         kinds = iter(given)
@@ -83,18 +83,21 @@ def random_state(cell, policy, batch, hidden, dtype=torch.float64):
     sizes=st.tuples(st.integers(1, 7), st.integers(1, 14), st.integers(1, 5), st.integers(1, 19), st.integers(1, 3)),
     bias=st.sampled_from([-4.0, -2.5, -1.5, -0.5, 0.0, 2.0]),
     blank=st.booleans(),
+    alike=st.booleans(),
     ragged=st.booleans(),
     given_state=st.booleans(),
     epoch=st.sampled_from([0, 60]),
     wide=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_native_equals_reference(cell, policy, sizes, bias, blank, ragged, given_state, epoch, wide, seed):
+def test_native_equals_reference(cell, policy, sizes, bias, blank, alike, ragged, given_state, epoch, wide, seed):
     batch, steps, inputs, hidden, layers = sizes
     torch.manual_seed(seed)
     x = torch.randn(batch, steps, inputs, dtype=torch.float64)
     if blank:  # long runs of the same input, as MNIST's
         x = x * (x > 0.8)
+    for row, common in zip(x, torch.randint(0, steps + 1, (batch,)), strict=True) if alike else ():
+        row[:common] = x[0, :common]  # computed once, unless x has a gradient or the state differs
     lengths = torch.randint(0, steps + 1, (batch,)) if ragged else None
     state = random_state(cell, policy, batch, hidden) if given_state and layers == 1 else None
     runs = []
@@ -102,7 +105,7 @@ def test_native_equals_reference(cell, policy, sizes, bias, blank, ragged, given
         rnn = network(cell, policy, inputs, hidden, layers, engine, seed, bias, epoch, dtype=torch.float64)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(operator, "WIDE", 0 if wide else operator.WIDE)  # x projected in one product, or step by step
-            runs.append(results(rnn, x, seed, state, lengths))
+            runs.append(results(rnn, x, seed, state, lengths, input_gradient=not alike))
     assert_equal(runs[1], runs[0], 1e-10)
 
 
@@ -230,6 +233,34 @@ def test_inference_equals_training():
         assert not inferred[0].requires_grad
         assert torch.equal(trained[0], inferred[0])
         assert torch.equal(trained[2], inferred[2])
+
+
+@requires_native
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("policy", ["always", "skip", "selective"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_sequences_that_begin_alike(cell, policy, layers, ragged):
+    """What they have in common is computed once; each row parts from the first at another step, one never."""
+    x = torch.randn(6, 14, 2, dtype=torch.float64)
+    for row, common in enumerate([14, 0, 1, 6, 9, 14]):
+        x[row, :common] = x[0, :common]
+    lengths = torch.tensor([13, 14, 2, 5, 14, 11]) if ragged else None
+    for bias in (-1.5, 0.5):
+        runs = []
+        for engine in ("reference", "native"):
+            rnn = network(cell, policy, 2, 7, layers, engine, 3, bias, dtype=torch.float64)
+            runs.append(results(rnn, x, 5, lengths=lengths, input_gradient=False))
+        assert_equal(runs[1], runs[0], 1e-10)
+
+
+@requires_native
+def test_an_expanded_state_has_a_gradient_for_each_row():
+    rnn = network("gru", "always", 2, 5, 1, "native")
+    state = torch.randn(1, 1, 5).expand(1, 3, 5).requires_grad_()
+    rnn(torch.ones(3, 4, 2), state)[0][1].sum().backward()
+    assert state.grad[0, 1].any()
+    assert not state.grad[0, [0, 2]].any()
 
 
 @requires_native

@@ -71,6 +71,8 @@ def _run_layers(cells, policy, policy_weights, x, states, gate, draw, lengths):
     flat_gate = [part.reshape(-1) for part in gate]
     inputs = [x, *flat_states, *weights, *flat_gate, *policy_weights]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if not (save and x.requires_grad) and all(entry.stride(0) == 0 for entry in flat_states):  # one, expanded
+        flat_states, flat_gate = [entry[:1] for entry in flat_states], [part[:1] for part in flat_gate]
     cell = "lstm" if isinstance(cells[0], LSTMCell) else "gru"
     output, final, final_gate, updates, *_ = apply(
         cell, POLICY_NAMES[type(policy)], x, flat_states, weights, flat_gate, policy_weights, draw, lengths, save

@@ -10,12 +10,13 @@ namespace skiprnn {
 
 template <class T>
 struct LayerGradients {
-    Buffer<T> weight_ih, weight_hh, bias, gate_state;  // (I, X), (H, G*P), (X), (P): sums over this thread's rows
+    // sums over this thread's rows: (I, X), (H, G*P), (X), (P); where rows begin alike, (P) and (P)
+    Buffer<T> weight_ih, weight_hh, bias, gate_state, h0, c0;
 
     LayerGradients(const Layer<T>& layer, bool projected)
         : weight_ih(projected ? 0 : size_t(layer.I) * layer.X), weight_hh(size_t(layer.H) * layer.G * layer.P), bias(layer.X),
-          gate_state(layer.P) {
-        weight_ih.zero(), weight_hh.zero(), bias.zero(), gate_state.zero();
+          gate_state(layer.P), h0(layer.P), c0(layer.P) {
+        weight_ih.zero(), weight_hh.zero(), bias.zero(), gate_state.zero(), h0.zero(), c0.zero();
     }
 };
 
@@ -25,10 +26,12 @@ public:
     std::vector<LayerGradients<T>> gradients;
     Buffer<T> d_weight;  // of w_p
     T d_bias = 0;        // of b_p
+    T d_q0 = 0, d_s0 = 0;  // where rows begin alike
 
     Backward(const Problem<T>& problem, int64_t first, int64_t last)
         : d_weight(problem.top().P), p(problem), first_(first), rows_(int(last - first)), L(int(p.layers.size())),
-          weight_(policy_weight(p)), times_(rows_), order_(rows_), Q_(rows_), S_(rows_) {
+          weight_(policy_weight(p)), common_(common_steps(p, first, rows_)), times_(rows_), order_(rows_), Q_(rows_),
+          S_(rows_) {
         d_weight.zero();
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
@@ -56,16 +59,17 @@ public:
     }
 
     void run() {
-        int m = 0;  // rows by falling number of updates: those that take part are the first m
         for (int64_t k = rows_ ? int64_t(times_[order_[0]].size()) : -1; k >= 0; --k) {
-            const int newcomers = m;
-            while (m < rows_ && int64_t(times_[order_[m]].size()) >= k) start(m++);
-            if (p.policy == Policy::kSkip) product_of_tail(newcomers, m, k);
-            pass_skipped(m, k);
-            if (k) update(m, k - 1);
+            const int newcomers = end_;
+            while (end_ < rows_ && updates(end_) >= k) start(end_++);
+            if (p.policy == Policy::kSkip) product_of_tail(newcomers, end_, k);
+            pass_skipped(k);
+            for (int i = begin_; i < end_; ++i)
+                if (follows_[order_[i]] == k) merge(i);
+            if (k) update(k - 1);
         }
         for (int l = 0; l < L; ++l) add_to_weights(l);
-        for (int i = 0; i < rows_; ++i) finish(i);
+        for (int i = begin_; i < rows_; ++i) finish(i);
     }
 
 private:
@@ -91,8 +95,11 @@ private:
     const int64_t first_;
     const int rows_, L;
     Buffer<T> weight_;
+    const Common common_;
     std::vector<std::vector<int32_t>> times_;  // of each row's updates
-    std::vector<int> order_;
+    std::vector<int64_t> follows_;             // so many updates of each row are the leader's; -1: it is no follower
+    std::vector<int> order_;                   // rows by falling number of updates; then come the gradients of H, C, Q, S
+    int begin_ = 0, end_ = 0;                  // of order_: those that take part; before them, those joined to the leader
     std::vector<T> Q_, S_;
     std::vector<Work> work_;
     Buffer<T> x_, dx_;
@@ -105,9 +112,10 @@ private:
 
     int width_below(int l) const { return l ? p.layers[l - 1].P : p.layers[0].I; }
     int64_t row(int i) const { return first_ + order_[i]; }
+    int64_t time(int i, int64_t k) const { return times_[order_[i]][k]; }
     int64_t updates(int i) const { return int64_t(times_[order_[i]].size()); }
-    int64_t skipped_from(int i, int64_t k) const { return k ? times_[order_[i]][k - 1] + 1 : 0; }
-    int64_t skipped_to(int i, int64_t k) const { return k < updates(i) ? times_[order_[i]][k] : p.length(row(i)); }
+    int64_t skipped_from(int i, int64_t k) const { return k ? time(i, k - 1) + 1 : 0; }
+    int64_t skipped_to(int i, int64_t k) const { return k < updates(i) ? time(i, k) : p.length(row(i)); }
 
     void find_updates() {
         for (int r = 0; r < rows_; ++r) {
@@ -117,21 +125,58 @@ private:
                 if (!u || u[t] != 0) times_[r].push_back(int32_t(t));
             order_[r] = r;
         }
+        const auto& leader = times_[common_.leader];
+        for (int64_t steps : common_.steps)
+            follows_.push_back(steps ? std::lower_bound(leader.begin(), leader.end(), steps) - leader.begin() : -1);
         std::stable_sort(order_.begin(), order_.end(),
                          [&](int a, int b) { return times_[a].size() > times_[b].size(); });
+    }
+
+    // f(row) for a row that takes part and, if it is the leader, for those joined to it.
+    template <class F>
+    void for_each(int i, F f) const {
+        f(row(i));
+        for (int j = 0; order_[i] == common_.leader && j < begin_; ++j) f(row(j));
     }
 
     // The gradient of the output at one step joins that of the top layer's h; false if there is none.
     bool add_output(int i, int64_t t) {
         if (!p.raw.d_output) return false;
         const int H = p.top().H;
-        const T* d = p.get(p.raw.d_output) + (row(i) * p.T_ + t) * H;
-        bool any = false;
-        for (int n = 0; n < H; ++n) any |= d[n] != 0;  // without leaving early: that is not vectorised
-        if (!any) return false;
         T* to = work_[L - 1].H + size_t(i) * p.top().P;
-        for (int n = 0; n < H; ++n) to[n] += d[n];
-        return true;
+        bool any = false;
+        for_each(i, [&](int64_t b) {
+            const T* d = p.get(p.raw.d_output) + (b * p.T_ + t) * H;
+            bool some = false;
+            for (int n = 0; n < H; ++n) some |= d[n] != 0;  // without leaving early: that is not vectorised
+            for (int n = 0; some && n < H; ++n) to[n] += d[n];
+            any |= some;
+        });
+        return any;
+    }
+
+    // The gradient of the decision at one step, of a neuron's.
+    T d_update(int i, int64_t t, int n = 0) const {
+        if (!p.raw.d_updates) return 0;
+        const int64_t width = p.neurons ? p.top().H : 1;
+        T sum = 0;
+        for_each(i, [&](int64_t b) { sum += p.get(p.raw.d_updates)[(b * p.T_ + t) * width + n]; });
+        return sum;
+    }
+
+    // What is before is the leader's alone: a follower's gradients are added to its.
+    void merge(int i) {
+        const int leader = int(std::find(order_.begin(), order_.end(), common_.leader) - order_.begin());
+        for (int l = 0; l < L; ++l) {
+            const size_t P = p.layers[l].P;
+            for (T* gradients : {(T*)work_[l].H, (T*)work_[l].C}) {
+                add_scaled<T>(P, 1, gradients + i * P, gradients + leader * P);
+                std::memmove(gradients + i * P, gradients + begin_ * P, P * sizeof(T));
+            }
+        }
+        Q_[leader] += Q_[i], S_[leader] += S_[i];
+        Q_[i] = Q_[begin_], S_[i] = S_[begin_];
+        std::swap(order_[i], order_[begin_++]);
     }
 
     void start(int i) {
@@ -154,11 +199,19 @@ private:
         const int64_t b = row(i);
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
-            std::memcpy(p.get(layer.raw.d_h0) + b * layer.H, work_[l].H + size_t(i) * layer.P, layer.H * sizeof(T));
-            if (p.lstm)
-                std::memcpy(p.get(layer.raw.d_c0) + b * layer.H, work_[l].C + size_t(i) * layer.P, layer.H * sizeof(T));
+            auto give = [&](void* to, T* sum, const T* gradient) {
+                if (p.raw.alike)
+                    add_scaled<T>(layer.P, 1, gradient, sum);
+                else
+                    std::memcpy(p.get(to) + b * layer.H, gradient, layer.H * sizeof(T));
+            };
+            give(layer.raw.d_h0, gradients[l].h0, work_[l].H + size_t(i) * layer.P);
+            if (p.lstm) give(layer.raw.d_c0, gradients[l].c0, work_[l].C + size_t(i) * layer.P);
         }
-        if (p.policy == Policy::kSkip) p.get(p.raw.d_q0)[b] = Q_[i], p.get(p.raw.d_s0)[b] = S_[i];
+        if (p.raw.alike)
+            d_q0 += Q_[i], d_s0 += S_[i];
+        else if (p.policy == Policy::kSkip)
+            p.get(p.raw.d_q0)[b] = Q_[i], p.get(p.raw.d_s0)[b] = S_[i];
     }
 
     // Rows that skip after their last update have no saved z: compute it.
@@ -175,16 +228,16 @@ private:
         }
     }
 
-    // The steps that the first m rows skipped just before their update number k, last first.
-    void pass_skipped(int m, int64_t k) {
+    // The steps that the rows skipped just before their update number k, last first.
+    void pass_skipped(int64_t k) {
         if (p.policy != Policy::kSkip) {
             if (p.raw.d_output)
-                for (int i = 0; i < m; ++i)
+                for (int i = begin_; i < end_; ++i)
                     for (int64_t t = skipped_to(i, k) - 1; t >= skipped_from(i, k); --t) add_output(i, t);
             return;
         }
         const size_t bytes = p.layers[0].I * sizeof(T);
-        for (int i = 0; i < m; ++i) {
+        for (int i = begin_; i < end_; ++i) {
             const int64_t b = row(i), from = skipped_from(i, k), to = skipped_to(i, k);
             for (int64_t t = to - 1; t >= from; --t) {
                 const bool repeats = t < to - 1 && items_ && std::memcmp(p.x(b, t), p.x(b, t + 1), bytes) == 0;
@@ -222,10 +275,9 @@ private:
                 proposed = propose<T>(p, weight_, top);
                 candidate = step.candidate;
             }
-            const T q = *p.saved_q(k, b), s0 = k ? T(0) : p.get(p.raw.s0)[b];
+            const T q = *p.saved_q(k, b), s0 = k ? T(0) : p.get(p.raw.s0)[p.initial(b)];
             const T accumulated = s0 + T(step.t - skipped_from(i, k) + 1) * q;
-            const T d_u = p.raw.d_updates ? p.get(p.raw.d_updates)[b * p.T_ + step.t] : T(0);
-            S_[i] += worth_of_update + Q_[i] * (proposed - q) - S_[i] * accumulated + d_u;
+            S_[i] += worth_of_update + Q_[i] * (proposed - q) - S_[i] * accumulated + d_update(i, step.t);
             Q_[i] += S_[i];
         }
         steps_.clear(), item_row_.clear(), item_time_.clear(), items_ = 0;
@@ -258,22 +310,21 @@ private:
         }
     }
 
-    // Update number k of the first m rows.
-    void update(int m, int64_t k) {
-        const int I = p.layers[0].I;
+    // The rows' update number k.
+    void update(int64_t k) {
+        const int I = p.layers[0].I, m = end_ - begin_;
         for (int l = 0; l < L; ++l) {
             auto& w = work_[l];
             if (w.held + m > w.capacity) add_to_weights(l);
-            for (int i = 0; i < m; ++i) {
-                const T* from = l ? p.saved_h(l - 1, k + 1, row(i)) : p.x(row(i), times_[order_[i]][k]);
-                std::memcpy(w.below + size_t(w.held + i) * width_below(l), from, width_below(l) * sizeof(T));
-                std::memcpy(w.h + size_t(w.held + i) * p.layers[l].P, p.saved_h(l, k, row(i)), p.layers[l].P * sizeof(T));
+            for (int i = begin_, to = w.held; i < end_; ++i, ++to) {
+                const T* from = l ? p.saved_h(l - 1, k + 1, row(i)) : p.x(row(i), time(i, k));
+                std::memcpy(w.below + size_t(to) * width_below(l), from, width_below(l) * sizeof(T));
+                std::memcpy(w.h + size_t(to) * p.layers[l].P, p.saved_h(l, k, row(i)), p.layers[l].P * sizeof(T));
             }
         }
-        for (int i = 0; i < m; ++i) {
-            const int64_t t = times_[order_[i]][k];
-            add_output(i, t);
-            if (p.policy == Policy::kSkip) gate(i, k, t);
+        for (int i = begin_; i < end_; ++i) {
+            add_output(i, time(i, k));
+            if (p.policy == Policy::kSkip) gate(i, k);
         }
         for (int l = L - 1; l >= 0; --l) update_layer(l, m, k);
         if (p.raw.d_x) {
@@ -282,8 +333,8 @@ private:
             multiply<T>(m, work_[0].dg + size_t(work_[0].held) * layer.X, layer.X, layer.input_back, dx_, width,
                         Start::kZero);
             for (int i = 0; i < m; ++i)
-                std::memcpy(p.get(p.raw.d_x) + (row(i) * p.T_ + times_[order_[i]][k]) * I, dx_ + size_t(i) * width,
-                            I * sizeof(T));
+                std::memcpy(p.get(p.raw.d_x) + (row(begin_ + i) * p.T_ + time(begin_ + i, k)) * I,
+                            dx_ + size_t(i) * width, I * sizeof(T));
         }
         for (auto& w : work_) w.held += m;
     }
@@ -304,11 +355,10 @@ private:
     }
 
     // Skip's gate at an update (u = 1): du goes to q and s before the step, Q to what the candidate proposed.
-    void gate(int i, int64_t k, int64_t t) {
+    void gate(int i, int64_t k) {
         const int64_t b = row(i);
         const T q = *p.saved_q(k, b), s = *p.saved_s(k, b), proposed = *p.saved_q(k + 1, b);
-        T du = Q_[i] * (proposed - q) - S_[i] * (s + std::min(q, 1 - s));
-        if (p.raw.d_updates) du += p.get(p.raw.d_updates)[b * p.T_ + t];
+        T du = Q_[i] * (proposed - q) - S_[i] * (s + std::min(q, 1 - s)) + d_update(i, time(i, k));
         for (int l = 0; l < L; ++l) {
             const int P = p.layers[l].P;
             du += worth<T>(P, work_[l].H + size_t(i) * P, p.saved_h(l, k + 1, b), p.saved_h(l, k, b));
@@ -324,18 +374,20 @@ private:
         S_[i] = through_q * du;  // du directly, less what 1 - s takes back
     }
 
-    // Gradients of one layer's update; an upper layer reads the candidate below, which the update made the state below.
+    // Gradients of one layer's update of m rows; an upper layer reads the candidate below, which the update made the
+    // state below.
     void update_layer(int l, int m, int64_t k) {
         const auto& layer = p.layers[l];
         auto& w = work_[l];
         const int P = layer.P, X = layer.X;
         T* dg = w.dg + size_t(w.held) * X;
+        auto step = [&](int i) { return row(begin_ + i) * p.T_ + time(begin_ + i, k); };
         const bool projected = l == 0 && p.raw.projected;
         if (p.keeps_gates()) {
             gate_gradients<Z::kGates>(l, m, k);
         } else {
             if (projected)
-                p.gather_projected(m, w.xin, [&](int i) { return row(i) * p.T_ + times_[order_[i]][k]; });
+                p.gather_projected(m, w.xin, step);
             else
                 multiply<T>(m, w.below + size_t(w.held) * width_below(l), width_below(l), layer.input, w.xin, X,
                             Start::kBias, layer.bias);
@@ -343,11 +395,13 @@ private:
             gate_gradients<Z::kPart>(l, m, k);
         }
         for (int i = 0; p.neurons && i < m; ++i) join(i);
-        multiply<T>(m, dg, X, layer.recurrent_back, w.H, P, Start::kAccumulate);
+        multiply<T>(m, dg, X, layer.recurrent_back, w.H + size_t(begin_) * P, P, Start::kAccumulate);
         for (int i = 0; projected && i < m; ++i)
-            std::memcpy(p.get(p.raw.d_projected) + (p.raw.row_starts[row(i)] + k) * X, dg + size_t(i) * X,
+            std::memcpy(p.get(p.raw.d_projected) + (p.raw.row_starts[row(begin_ + i)] + k) * X, dg + size_t(i) * X,
                         X * sizeof(T));
-        if (l) multiply<T>(m, dg, X, layer.input_back, work_[l - 1].H, width_below(l), Start::kAccumulate);
+        if (l)
+            multiply<T>(m, dg, X, layer.input_back, work_[l - 1].H + size_t(begin_) * width_below(l), width_below(l),
+                        Start::kAccumulate);
     }
 
     // From the new state's gradients those of the gates, and what of them flows to the previous state without a product.
@@ -357,31 +411,34 @@ private:
         auto& w = work_[l];
         const int P = layer.P, X = layer.X;
         const T* h = w.h + size_t(w.held) * P;
+        T *H = w.H + size_t(begin_) * P, *C = w.C + size_t(begin_) * P;
         T *dg = w.dg + size_t(w.held) * X, *rh = w.rh + size_t(w.held) * P;
         if (p.lstm) {
-            for (int i = 0; i < m; ++i)
-                lstm_backward<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), p.saved_c(l, k, row(i)),
-                                     p.saved_c(l, k + 1, row(i)), w.H + i * P, w.C + i * P, dg + i * X);
+            for (int i = 0; i < m; ++i) {
+                const int64_t b = row(begin_ + i);
+                lstm_backward<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, b), p.saved_c(l, k, b), p.saved_c(l, k + 1, b),
+                                     H + i * P, C + i * P, dg + i * X);
+            }
             return;
         }
         for (int i = 0; i < m; ++i)
-            gru_backward_candidate<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(i)), h + i * P, w.H + i * P, dg + i * X,
-                                          rh + i * P);
+            gru_backward_candidate<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(begin_ + i)), h + i * P, H + i * P,
+                                          dg + i * X, rh + i * P);
         multiply<T>(m, dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
-        for (int i = 0; i < m; ++i)
-            gru_backward_reset<T>(P, h + i * P, w.drh + i * P, w.H + i * P, dg + i * X);
+        for (int i = 0; i < m; ++i) gru_backward_reset<T>(P, h + i * P, w.drh + i * P, H + i * P, dg + i * X);
     }
 
-    // Neuron policies: of the gradients of the new state, what goes to the candidate, to the old state and to the decision.
+    // Neuron policies: of the gradients of the new state, what goes to the candidate, to the old state and to the decision;
+    // of the row i of those that take part.
     void split(int i, int64_t k) {
         const auto& layer = p.top();
         auto& w = work_[0];
-        const int P = layer.P;
-        const int64_t b = row(i), step = b * p.T_ + times_[order_[i]][k];
+        const int P = layer.P, position = begin_ + i;
+        const int64_t b = row(position), t = time(position, k);
         const T *xin = w.xin + size_t(i) * layer.X, *h = w.h + size_t(w.held + i) * P;
         T* z = p.saved_z(0, k, b);
-        const T* u = p.get(p.raw.updates) + step * layer.H;
-        T *H = w.H + size_t(i) * P, *C = w.C + size_t(i) * P, *kept = w.kept + size_t(i) * 2 * P;
+        const T* u = p.get(p.raw.updates) + (b * p.T_ + t) * layer.H;
+        T *H = w.H + size_t(position) * P, *C = w.C + size_t(position) * P, *kept = w.kept + size_t(i) * 2 * P;
         const bool learned = p.policy == Policy::kSelective;
         if (learned) {
             T *h_new = w.candidates, *c_new = h_new + P, *da = w.dg + size_t(w.held + i) * layer.X + layer.G * P;
@@ -394,9 +451,8 @@ private:
             for (int n = 0; n < layer.H; ++n) {
                 const T ramp = ((xin[layer.G * P + n] + layer.gate_state[n] * h[n]) * slope + 1) / 2;
                 if (ramp < 0 || ramp > 1) continue;  // the clamp passes no gradient
-                T du = H[n] * (h_new[n] - h[n]);
+                T du = H[n] * (h_new[n] - h[n]) + d_update(position, t, n);
                 if (p.lstm) du += C[n] * (c_new[n] - c[n]);
-                if (p.raw.d_updates) du += p.get(p.raw.d_updates)[step * layer.H + n];
                 da[n] = du * slope / 2;
                 gradients[0].gate_state[n] += da[n] * h[n];
             }
@@ -410,11 +466,12 @@ private:
         const auto& layer = p.top();
         auto& w = work_[0];
         const int P = layer.P;
-        add_scaled<T>(P, 1, w.kept + size_t(i) * 2 * P, w.H + size_t(i) * P);
-        add_scaled<T>(P, 1, w.kept + size_t(i) * 2 * P + P, w.C + size_t(i) * P);
+        T *H = w.H + size_t(begin_ + i) * P, *C = w.C + size_t(begin_ + i) * P, *kept = w.kept + size_t(i) * 2 * P;
+        add_scaled<T>(P, 1, kept, H);
+        add_scaled<T>(P, 1, kept + P, C);
         if (p.policy != Policy::kSelective) return;
         const T* da = w.dg + size_t(w.held + i) * layer.X + layer.G * P;
-        for (int n = 0; n < layer.H; ++n) w.H[size_t(i) * P + n] += da[n] * layer.gate_state[n];
+        for (int n = 0; n < layer.H; ++n) H[n] += da[n] * layer.gate_state[n];
     }
 };
 

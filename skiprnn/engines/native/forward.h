@@ -72,7 +72,7 @@ class Forward {
 public:
     Forward(const Problem<T>& problem, int64_t first, int64_t last)
         : p(problem), first_(first), rows_(int(last - first)), L(int(p.layers.size())), save_(p.raw.layer[0].saved_h),
-          weight_(policy_weight(p)), time_(rows_), q_(rows_), s_(rows_) {
+          weight_(policy_weight(p)), common_(common_steps(p, first, rows_)), time_(rows_, p.T_), q_(rows_), s_(rows_) {
         int widest = 0, widest_input = 0, P = 0;
         for (const auto& layer : p.layers) {
             widest = std::max(widest, layer.G * layer.P);
@@ -91,7 +91,12 @@ public:
     }
 
     void run() {
-        for (int r = 0; r < rows_; ++r) start(r);
+        for (int r = 0; r < rows_; ++r)
+            if (common_.steps[r])
+                followers_.push_back(r);
+            else
+                start(r);
+        part(0, 0);
         for (int64_t k = 0;; ++k) {
             active_.clear();
             for (int r = 0; r < rows_; ++r)
@@ -102,7 +107,9 @@ public:
                 std::memcpy(x_ + i * p.layers[0].I, p.x(b, time_[active_[i]]), p.layers[0].I * sizeof(T));
             }
             for (int l = 0; l < L; ++l) update(l, k);
+            const int64_t after = time_[common_.leader] + 1;
             for (int r : active_) advance(r, k + 1);
+            part(k + 1, after);
         }
     }
 
@@ -115,7 +122,9 @@ private:
     std::vector<Buffer<T>> h_, c_;              // the current states; with save_, they live in the saved tensors instead
     Buffer<T> z_, xin_, x_, gathered_, mixed_;  // rows in the order of active_
     Candidates<T> candidates_;
-    std::vector<int64_t> time_;  // of each row's next update
+    const Common common_;
+    std::vector<int> followers_;  // of the leader, so far
+    std::vector<int64_t> time_;   // of each row's next update; a follower's: T
     std::vector<T> q_, s_;
     std::vector<int> active_;
     std::vector<const T*> hp_, cp_;
@@ -132,16 +141,47 @@ private:
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
             auto put = [&](T* to, const void* from) {
-                std::memcpy(to, p.get(from) + b * layer.H, layer.H * sizeof(T));
+                std::memcpy(to, p.get(from) + p.initial(b) * layer.H, layer.H * sizeof(T));
                 std::fill(to + layer.H, to + layer.P, T(0));
             };
             put(h(l, 0, r), layer.raw.h0);
             if (p.lstm) put(c(l, 0, r), layer.raw.c0);
         }
-        if (p.policy == Policy::kSkip) q_[r] = p.get(p.raw.q0)[b], s_[r] = p.get(p.raw.s0)[b];
-        const int64_t width = p.neurons ? p.top().H : 1;
-        std::memset(p.get(p.raw.updates) + b * p.T_ * width, 0, p.T_ * width * sizeof(T));
+        if (p.policy == Policy::kSkip) q_[r] = p.get(p.raw.q0)[p.initial(b)], s_[r] = p.get(p.raw.s0)[p.initial(b)];
+        std::memset(p.get(p.raw.updates) + b * p.T_ * decisions(), 0, p.T_ * decisions() * sizeof(T));
         wait(r, 0, 0);
+    }
+
+    int64_t decisions() const { return p.neurons ? p.top().H : 1; }
+
+    // Followers whose inputs differ from the leader's before its next update go on by themselves, from the step `after`
+    // its last, number k.
+    void part(int64_t k, int64_t after) {
+        auto leaves = [&](int r) {
+            if (common_.steps[r] > time_[common_.leader]) return false;
+            leave(r, k, after);
+            return true;
+        };
+        followers_.erase(std::remove_if(followers_.begin(), followers_.end(), leaves), followers_.end());
+    }
+
+    void leave(int r, int64_t k, int64_t after) {
+        const int leader = common_.leader;
+        for (int l = 0; l < L; ++l) {
+            std::memcpy(h(l, k, r), h(l, k, leader), p.layers[l].P * sizeof(T));
+            if (p.lstm) std::memcpy(c(l, k, r), c(l, k, leader), p.layers[l].P * sizeof(T));
+        }
+        if (p.policy == Policy::kSkip) q_[r] = q_[leader], s_[r] = k ? T(0) : p.get(p.raw.s0)[0];
+        auto copy = [&](void* tensor, int64_t width, int64_t steps) {
+            const T* from = p.get(tensor) + (first_ + leader) * p.T_ * width;
+            T* to = p.get(tensor) + (first_ + r) * p.T_ * width;
+            std::copy(from, from + steps * width, to);
+            return to + steps * width;
+        };
+        T* updates = copy(p.raw.updates, decisions(), after);
+        std::fill(updates, updates + (p.T_ - after) * decisions(), T(0));
+        copy(p.raw.output, p.top().H, std::max<int64_t>(after - 1, 0));
+        wait(r, after, k);
     }
 
     // The time of the row's update number k, the first at or after `from`; until then its output repeats.

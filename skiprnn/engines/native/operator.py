@@ -36,7 +36,7 @@ LayerStruct = _structure(
 )
 ProblemStruct = _structure(
     "ProblemStruct",
-    integers="cell policy batch steps layers threads",
+    integers="cell policy batch steps layers threads alike",
     real="slope",
     pointers="layer x projected draw lengths policy_weight policy_bias q0 s0 output q s updates saved_gate "
     "d_output d_q d_s d_updates d_projected row_starts d_x d_policy_weight d_policy_bias d_q0 d_s0",
@@ -65,6 +65,7 @@ class _Problem:
             steps=self.steps,
             layers=len(self.hidden),
             threads=torch.get_num_threads(),
+            alike=states[0].shape[0] < self.batch,
             layer=ctypes.cast(self.layers, c_void_p),
         )
         inputs = x.shape[2]
@@ -140,9 +141,10 @@ def _compute(
     Args:
         cell, policy: their names.
         x: (B, T, I). On a GPU all tensors have one more dimension in front: runs that share a launch.
-        states: K per layer, (B, H).
+        states: K per layer, (B, H); or (1, H), where all sequences begin with one state: then what they begin with in
+            common is computed once, and x gets no gradient.
         weights: weight_ih, weight_hh, bias per layer.
-        gate: Skip's q and s, (B,) each; otherwise empty.
+        gate: Skip's q and s, (B,) each, or (1,) with such states; otherwise empty.
         policy_weights: Skip: w_p (H,), b_p (). Selective: W_i (H, I), w_u (H,), b (H,), slope ().
         draw: the policy's random decisions, (B, T) or (B, T, H).
         lengths: (B,) steps that count.
@@ -326,6 +328,8 @@ def _lists(counts: Sequence[int], tensors: Sequence) -> list:
 def _differentiate(ctx, d_output, d_final, d_gate, d_updates, *_, needs_input=None, gradients_of=_gradients):
     needs_input = ctx.needs_input_grad[2] if needs_input is None else needs_input
     x, *tensors = ctx.saved_tensors
+    if needs_input and tensors[0].shape[-2] < x.shape[-3]:
+        raise RuntimeError("skiprnn::recurrence needs a state for each sequence where x has a gradient")
     given = d_output, d_final, d_gate, d_updates
     gradients = gradients_of(ctx.names, ctx.counts, needs_input, x, *tensors, *given)
     d_x, d_states, d_weights, d_gates, d_policy = split_gradients(list(gradients), *_lists(ctx.counts, tensors)[:3])

@@ -12,7 +12,7 @@ struct SkiprnnLayer {
     int64_t inputs, hidden;                          // I, H
     const void *weight_ih, *weight_hh, *bias;        // (G*H, I), (G*H, H), (G*H)
     const void *gate_input, *gate_state, *gate_bias;  // Selective's W_i (H, I), w_u (H), b (H)
-    const void *h0, *c0;                             // (B, H)
+    const void *h0, *c0;                             // (B, H); alike: (1, H)
     void *h, *c;                                     // (B, H)
     void *saved_h, *saved_c, *saved_z;  // (T+1, B, P), (T+1, B, P), (T+1, B, G*P): before each update, by its number
     const void *d_h, *d_c;
@@ -21,6 +21,7 @@ struct SkiprnnLayer {
 
 struct SkiprnnProblem {
     int64_t cell, policy, batch, steps, layers, threads;  // B, T, L
+    int64_t alike;                                        // all rows begin with one state; then d_x is not asked for
     double slope;                                         // Selective's
     const SkiprnnLayer* layer;                            // (L)
     const void* x;                                        // (B, T, I)
@@ -28,7 +29,7 @@ struct SkiprnnProblem {
     const void* draw;                                     // (B, T) or (B, T, H)
     const int64_t* lengths;                               // (B)
     const void *policy_weight, *policy_bias;              // Skip's w_p (H), b_p
-    const void *q0, *s0;                                  // (B)
+    const void *q0, *s0;                                  // (B); alike: (1)
     void *output, *q, *s, *updates;                       // (B, T, H), (B), (B), (B, T) or (B, T, H)
     void* saved_gate;                                     // (2, T+1, B): q and s before each update
     const void *d_output, *d_q, *d_s, *d_updates;
@@ -116,6 +117,7 @@ struct Problem {
     int64_t length(int64_t b) const {
         return raw.lengths ? std::min(std::max<int64_t>(raw.lengths[b], 0), T_) : T_;
     }
+    int64_t initial(int64_t b) const { return raw.alike ? 0 : b; }  // row b's, of h0, c0, q0 and s0
     const T* x(int64_t b, int64_t t) const { return get(raw.x) + (b * T_ + t) * layers[0].I; }
     // x's part of the first layer's pre-activations at item i's row and step, if it comes projected.
     template <class Step>
@@ -135,5 +137,36 @@ struct Problem {
 private:
     T* slot(void* base, int64_t k, int64_t b, int64_t width) const { return get(base) + (k * B + b) * width; }
 };
+
+// Rows that begin alike are one computation until their inputs differ: the leader's, whose first input repeats longest
+// (an image's margin, a text's padding).
+struct Common {
+    int leader = 0;
+    std::vector<int64_t> steps;  // of each row, so many are the leader's; of the leader itself none
+};
+
+template <class T>
+Common common_steps(const Problem<T>& p, int64_t first, int rows) {
+    Common common;
+    common.steps.resize(rows);
+    const bool drawn = p.policy == Policy::kRandomSteps || p.policy == Policy::kRandomNeurons;
+    const bool by_row = p.raw.projected && p.raw.layer[0].saved_h;  // d_projected has each row's own
+    if (!p.raw.alike || drawn || by_row) return common;
+    auto equal = [&](int r, int64_t t, int other, int64_t s) {
+        return std::memcmp(p.x(first + r, t), p.x(first + other, s), p.layers[0].I * sizeof(T)) == 0;
+    };
+    int64_t longest = -1;
+    for (int r = 0; r < rows; ++r) {
+        int64_t t = 0;
+        while (t < p.length(first + r) && equal(r, t, r, 0)) ++t;
+        if (t > longest) longest = t, common.leader = r;
+    }
+    for (int r = 0; r < rows; ++r) {
+        if (r == common.leader) continue;
+        const int64_t end = std::min(p.length(first + r), p.length(first + common.leader));
+        while (common.steps[r] < end && equal(r, common.steps[r], common.leader, common.steps[r])) ++common.steps[r];
+    }
+    return common;
+}
 
 }  // namespace skiprnn

@@ -93,6 +93,10 @@ void backward(const SkiprnnProblem& raw) {
         if (!projected) unpack<T>(sums(&Sums::weight_ih), layer.I, layer.X, layer, 0, layer.G, to(out.d_weight_ih));
         unpack<T>(sums(&Sums::weight_hh), layer.H, layer.G * layer.P, layer, 0, layer.G, to(out.d_weight_hh));
         unpack<T>(sums(&Sums::bias), 1, layer.X, layer, 0, layer.G, to(out.d_bias));
+        if (raw.alike) {
+            unpack<T>(sums(&Sums::h0), 1, layer.P, layer, 0, 1, to(out.d_h0));
+            if (problem.lstm) unpack<T>(sums(&Sums::c0), 1, layer.P, layer, 0, 1, to(out.d_c0));
+        }
         if (problem.policy != Policy::kSelective) continue;
         if (!projected) unpack<T>(sums(&Sums::weight_ih), layer.I, layer.X, layer, layer.G, 1, to(out.d_gate_input));
         unpack<T>(sums(&Sums::bias), 1, layer.X, layer, layer.G, 1, to(out.d_gate_bias));
@@ -107,6 +111,10 @@ void backward(const SkiprnnProblem& raw) {
         for (int n = 0; n < problem.top().H; ++n) d_weight[n] += worker->d_weight[n];
         *d_bias += worker->d_bias;
     }
+    if (!raw.alike) return;
+    T *d_q0 = static_cast<T*>(raw.d_q0), *d_s0 = static_cast<T*>(raw.d_s0);
+    *d_q0 = *d_s0 = 0;
+    for (const auto& worker : workers) *d_q0 += worker->d_q0, *d_s0 += worker->d_s0;
 }
 
 }  // namespace skiprnn
