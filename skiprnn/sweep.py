@@ -55,7 +55,8 @@ def run(
         experiments.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, workers, here)
-        todo.sort(key=lambda one: -seconds.get(kind_of(one), 0))  # the longest first: none is left alone at the end
+        # the longest first: none is left alone at the end
+        todo.sort(key=lambda one: -seconds.get(kind_of(one), 0) * (one.run.training.epochs - one.folder.epochs_done()))
         failures = launch_all(todo, launch, gpu)
     except train.USER_ERRORS as error:
         sys.exit(f"error: {error}")

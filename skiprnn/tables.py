@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from skiprnn import experiments
-from skiprnn.config import ConfigError
+from skiprnn.config import ConfigError, TrainingConfig
 from skiprnn.experiments import Experiment, PlannedRun
 
 MISSING = "–"
@@ -167,19 +167,25 @@ def verdicts(experiment: Experiment, numbers: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def protocol(training: TrainingConfig) -> str:
+    """How a run was trained, in words."""
+    falling = f" (falling after epoch {training.epochs - training.decay_epochs})" if training.decay_epochs else ""
+    free = f", λ = 0 before epoch {training.cost_free_epochs + 1}" if training.cost_free_epochs else ""
+    return (
+        f"{training.epochs} epochs, batch {training.batch_size}, Adam, learning rate {training.learning_rate:g}"
+        f"{falling}, gradient norm clipped at {training.gradient_clip:g}{free}"
+    )
+
+
 def caption(experiment: Experiment, planned: Sequence[PlannedRun]) -> str:
     """What the table shows, by which protocol, on which data, and what it is compared with."""
-    run = planned[0].run
-    training = run.training
-    falling = f" (falling after epoch {training.epochs - training.decay_epochs})" if training.decay_epochs else ""
+    rows: dict[str, list[str]] = {}  # by protocol
+    for one in planned:
+        rows.setdefault(protocol(one.run.training), []).append(one.row.label)
+    protocols = [f"{', '.join(dict.fromkeys(rows[text]))}: {text}" if len(rows) > 1 else text for text in rows]
     text = (
-        f"{experiment.title}. {run.profile.get('note', '')} {training.epochs} epochs, batch {training.batch_size}, "
-        f"Adam, learning rate {training.learning_rate:g}{falling}, gradient norm clipped at {training.gradient_clip:g}"
-    )
-    if training.cost_free_epochs:
-        text += f", λ = 0 before epoch {training.cost_free_epochs + 1}"
-    text += (
-        "; test set at the epoch with the best validation score; mean ± sample standard deviation over the runs done."
+        f"{experiment.title}. {planned[0].run.profile.get('note', '')} {'; '.join(protocols)}; test set at the epoch "
+        "with the best validation score; mean ± sample standard deviation over the runs done."
     )
     records = [one.folder.record() for one in planned if one.folder.complete]
     if records and "task_solved" in experiment.columns:

@@ -196,9 +196,19 @@ def test_the_caption_states_the_protocol(planned):
         experiments.load("table1"),
         plan_of(experiments.load("table1"), [["experiment=table1", "profile=mnist/cpu", *overrides]]),
     )
-    assert "epochs instead of 600" in shortened
+    assert "instead of 600" in shortened
     assert "λ = 0 before epoch 4;" in shortened
     assert "learning rate 0.0005 (falling after epoch 5)," in shortened
+
+
+def test_the_caption_tells_the_rows_of_each_protocol(tmp_path):
+    overrides = ["experiment=table1", "profile=mnist/cpu", "training.cost_free_epochs=0", "training.decay_epochs=0"]
+    grid = [[*overrides, f"training.epochs={epochs}", f"rows=[{rows}]"] for epochs, rows in [(16, "1,3"), (8, "4")]]
+    experiment = experiments.load("table1")
+    planned = [one for choice in grid for one in plan_of(experiment, [choice])]
+    caption = tables.caption(experiment, planned)
+    assert "LSTM, Skip LSTM, λ = 1e-4: 16 epochs, batch 16, " in caption
+    assert "clipped at 1; GRU: 8 epochs, batch 16, " in caption
 
 
 def adding(tmp_path: Path, errors: dict[str, list[float]], updates: float = 25.0) -> tuple[Experiment, list]:
