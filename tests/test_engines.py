@@ -294,12 +294,15 @@ def test_func_grad_sees_an_ordinary_operator():
 
 
 @requires_native
+@pytest.mark.parametrize("states", [3, 1])
 @pytest.mark.parametrize("policy", ["skip", "random_neurons", "selective"])
-def test_opcheck(policy):
+def test_opcheck(policy, states):
+    """With a state for each sequence, or one for all."""
+
     def tensor(*shape):
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    gate = [torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(2)] if policy == "skip" else []
+    gate = [torch.rand(states, dtype=torch.float64, requires_grad=True) for _ in range(2)] if policy == "skip" else []
     policy_weights = {
         "skip": [tensor(4), tensor()],
         "selective": [tensor(4, 2), tensor(4), tensor(4), torch.ones((), dtype=torch.float64)],
@@ -308,8 +311,8 @@ def test_opcheck(policy):
     arguments = (
         "lstm",
         policy,
-        tensor(3, 6, 2),
-        [tensor(3, 4), tensor(3, 4)],
+        tensor(3, 6, 2).requires_grad_(states == 3),
+        [tensor(states, 4), tensor(states, 4)],
         [tensor(16, 2), tensor(16, 4), tensor(16)],
         gate,
         policy_weights,
@@ -320,6 +323,15 @@ def test_opcheck(policy):
     # the saved buffers are written only as far as there were updates, so their contents can't be compared
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operator.recurrence, arguments, test_utils=tests)
+
+
+@requires_native
+def test_one_state_for_all_sequences_rules_out_a_gradient_of_x():
+    weights = [torch.randn(9, 2), torch.randn(9, 3), torch.randn(9)]
+    x = torch.randn(4, 5, 2, requires_grad=True)
+    output, *_ = operator.recurrence("gru", "always", x, [torch.zeros(1, 3)], weights, [], [], None, None, True)
+    with pytest.raises(RuntimeError, match="a state for each sequence where x has a gradient"):
+        output.sum().backward()
 
 
 @requires_native
