@@ -41,7 +41,7 @@ public:
             w.H.allocate(size_t(rows_) * layer.P);
             w.C.allocate(size_t(rows_) * layer.P);
             w.tail.allocate(p.policy == Policy::kSkip ? size_t(rows_) * layer.R : 0);
-            w.gathered.allocate(size_t(rows_) * layer.P);
+            w.gathered.allocate(p.policy == Policy::kSkip ? size_t(rows_) * layer.P : 0);
             w.xin.allocate(size_t(std::max(rows_, kItems)) * layer.X);
             w.candidates.allocate(size_t(kItems) * 2 * layer.P);
             w.scratch.allocate(kItems, layer.P, p.lstm);
@@ -65,7 +65,7 @@ public:
             if (p.policy == Policy::kSkip) product_of_tail(newcomers, end_, k);
             pass_skipped(k);
             for (int i = begin_; i < end_; ++i)
-                if (follows_[order_[i]] == k) merge(i);
+                if (follows_[order_[i]] == k) merge_into_leader(i);
             if (k) update(k - 1);
         }
         for (int l = 0; l < L; ++l) add_to_weights(l);
@@ -99,7 +99,7 @@ private:
     std::vector<std::vector<int32_t>> times_;  // of each row's updates
     std::vector<int64_t> follows_;             // so many updates of each row are the leader's; -1: it is no follower
     std::vector<int> order_;                   // rows by falling number of updates; then come the gradients of H, C, Q, S
-    int begin_ = 0, end_ = 0;                  // of order_: those that take part; before them, those joined to the leader
+    int begin_ = 0, end_ = 0;                  // of order_: those that take part; before them, those merged
     std::vector<T> Q_, S_;
     std::vector<Work> work_;
     Buffer<T> x_, dx_;
@@ -132,9 +132,9 @@ private:
                          [&](int a, int b) { return times_[a].size() > times_[b].size(); });
     }
 
-    // f(row) for a row that takes part and, if it is the leader, for those joined to it.
+    // f(row) for a row that takes part and, if it is the leader, for those merged into it.
     template <class F>
-    void for_each(int i, F f) const {
+    void for_each_merged(int i, F f) const {
         f(row(i));
         for (int j = 0; order_[i] == common_.leader && j < begin_; ++j) f(row(j));
     }
@@ -145,7 +145,7 @@ private:
         const int H = p.top().H;
         T* to = work_[L - 1].H + size_t(i) * p.top().P;
         bool any = false;
-        for_each(i, [&](int64_t b) {
+        for_each_merged(i, [&](int64_t b) {
             const T* d = p.get(p.raw.d_output) + (b * p.T_ + t) * H;
             bool some = false;
             for (int n = 0; n < H; ++n) some |= d[n] != 0;  // without leaving early: that is not vectorised
@@ -158,14 +158,13 @@ private:
     // The gradient of the decision at one step, of a neuron's.
     T d_update(int i, int64_t t, int n = 0) const {
         if (!p.raw.d_updates) return 0;
-        const int64_t width = p.neurons ? p.top().H : 1;
         T sum = 0;
-        for_each(i, [&](int64_t b) { sum += p.get(p.raw.d_updates)[(b * p.T_ + t) * width + n]; });
+        for_each_merged(i, [&](int64_t b) { sum += p.get(p.raw.d_updates)[(b * p.T_ + t) * p.decisions() + n]; });
         return sum;
     }
 
-    // What is before is the leader's alone: a follower's gradients are added to its.
-    void merge(int i) {
+    // A follower's earlier steps are the leader's: its gradients are added to the leader's, and it takes part no more.
+    void merge_into_leader(int i) {
         const int leader = int(std::find(order_.begin(), order_.end(), common_.leader) - order_.begin());
         for (int l = 0; l < L; ++l) {
             const size_t P = p.layers[l].P;

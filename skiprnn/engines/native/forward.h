@@ -148,11 +148,9 @@ private:
             if (p.lstm) put(c(l, 0, r), layer.raw.c0);
         }
         if (p.policy == Policy::kSkip) q_[r] = p.get(p.raw.q0)[p.initial(b)], s_[r] = p.get(p.raw.s0)[p.initial(b)];
-        std::memset(p.get(p.raw.updates) + b * p.T_ * decisions(), 0, p.T_ * decisions() * sizeof(T));
+        std::memset(p.get(p.raw.updates) + b * p.T_ * p.decisions(), 0, p.T_ * p.decisions() * sizeof(T));
         wait(r, 0, 0);
     }
-
-    int64_t decisions() const { return p.neurons ? p.top().H : 1; }
 
     // Followers whose inputs differ from the leader's before its next update go on by themselves, from the step `after`
     // its last, number k.
@@ -178,8 +176,8 @@ private:
             std::copy(from, from + steps * width, to);
             return to + steps * width;
         };
-        T* updates = copy(p.raw.updates, decisions(), after);
-        std::fill(updates, updates + (p.T_ - after) * decisions(), T(0));
+        T* updates = copy(p.raw.updates, p.decisions(), after);
+        std::fill(updates, updates + (p.T_ - after) * p.decisions(), T(0));
         copy(p.raw.output, p.top().H, std::max<int64_t>(after - 1, 0));
         wait(r, after, k);
     }

@@ -114,6 +114,7 @@ struct Problem {
     bool keeps_gates() const { return policy == Policy::kAlways || policy == Policy::kRandomSteps; }
 
     const Layer<T>& top() const { return layers.back(); }
+    int64_t decisions() const { return neurons ? top().H : 1; }  // at each step
     int64_t length(int64_t b) const {
         return raw.lengths ? std::min(std::max<int64_t>(raw.lengths[b], 0), T_) : T_;
     }
