@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cells.h"
-#include "gemm.h"
+#include "threads.h"
 
 // Mirrored field by field in operator.py. Tensors are contiguous, of one floating type; a null pointer: not asked for.
 extern "C" {
