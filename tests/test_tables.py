@@ -202,7 +202,8 @@ def test_the_caption_states_the_protocol(planned):
 
 
 def test_the_caption_tells_the_rows_of_each_protocol(tmp_path):
-    overrides = ["experiment=table1", "profile=mnist/cpu", "training.cost_free_epochs=0", "training.decay_epochs=0"]
+    same = [f"training.{setting}" for setting in ("learning_rate=5e-4", "cost_free_epochs=0", "decay_epochs=0")]
+    overrides = ["experiment=table1", "profile=mnist/cpu", *same]
     grid = [[*overrides, f"training.epochs={epochs}", f"rows=[{rows}]"] for epochs, rows in [(16, "1,3"), (8, "4")]]
     experiment = experiments.load("table1")
     planned = [one for choice in grid for one in plan_of(experiment, [choice])]
