@@ -220,28 +220,6 @@ def test_threads_change_nothing_but_rounding():
 
 
 @requires_native
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("policy", ["always", "skip", "selective"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_helper_for_one_long_sequence_changes_nothing(cell, policy, layers):
-    x = torch.randn(1, 700, 3)
-    before = torch.get_num_threads()
-    runs = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            rnn = network(cell, policy, 3, 110, layers, "native", bias=-0.5)
-            trained = rnn(x)
-            with torch.no_grad():
-                inferred = rnn(x)
-            runs.append([trained[0], trained[2], inferred[0], inferred[2]])
-    finally:
-        torch.set_num_threads(before)
-    for alone, helped in zip(*runs, strict=True):
-        assert torch.equal(alone, helped)
-
-
-@requires_native
 def test_inference_equals_training():
     for policy in POLICIES:
         rnn = network("lstm", policy, 2, 9, 1, "native", bias=-1.0)

@@ -304,7 +304,7 @@ private:
             else
                 multiply<T>(items_, below, l ? 2 * p.layers[l - 1].P : layer.I, layer.input, w.xin, layer.X,
                             Start::kBias, layer.bias);
-            w.scratch.compute(nullptr, layer, p.lstm, items_, w.xin, zp_.data(), hp_.data(), cp_.data(), h_new_.data(),
+            w.scratch.compute(layer, p.lstm, items_, w.xin, zp_.data(), hp_.data(), cp_.data(), h_new_.data(),
                               c_new_.data());
         }
     }

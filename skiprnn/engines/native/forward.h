@@ -2,7 +2,6 @@
 // k-th update of every row that still has one, whenever that is, so skipped steps cost nothing and no lockstep is needed.
 #pragma once
 #include <cmath>
-#include <memory>
 
 #include "problem.h"
 
@@ -19,8 +18,8 @@ struct Candidates {
         zc.allocate(size_t(items) * P);
     }
 
-    void compute(Helper<T>* helper, const Layer<T>& layer, bool lstm, int m, const T* xin, T* const* z,
-                 const T* const* h, const T* const* c, T* const* h_new, T* const* c_new) {
+    void compute(const Layer<T>& layer, bool lstm, int m, const T* xin, T* const* z, const T* const* h,
+                 const T* const* c, T* const* h_new, T* const* c_new) {
         const int P = layer.P, X = layer.X;
         constexpr Z kPart = Z::kPart;
         if (lstm) {
@@ -28,7 +27,7 @@ struct Candidates {
             return;
         }
         for (int r = 0; r < m; ++r) gru_reset<T, kPart>(P, xin + r * X, z[r], h[r], rh + r * P);
-        multiply<T>(helper, m, rh, P, layer.candidate, zc, P, Start::kZero);
+        multiply<T>(m, rh, P, layer.candidate, zc, P, Start::kZero);
         for (int r = 0; r < m; ++r) gru_candidate<T, kPart>(P, xin + r * X, z[r], zc + r * P, h[r], h_new[r]);
     }
 };
@@ -111,7 +110,6 @@ public:
             const int64_t after = time_[common_.leader] + 1;
             for (int r : active_) advance(r, k + 1);
             part(k + 1, after);
-            if (!helper_ && wants_helper(k + 1)) helper_ = std::make_unique<Helper<T>>();
         }
     }
 
@@ -124,7 +122,6 @@ private:
     std::vector<Buffer<T>> h_, c_;              // the current states; with save_, they live in the saved tensors instead
     Buffer<T> z_, xin_, x_, gathered_, mixed_;  // rows in the order of active_
     Candidates<T> candidates_;
-    std::unique_ptr<Helper<T>> helper_;
     const Common common_;
     std::vector<int> followers_;  // of the leader, so far
     std::vector<int64_t> time_;   // of each row's next update; a follower's: T
@@ -137,12 +134,6 @@ private:
     T* c(int l, int64_t k, int r) {
         if (!p.lstm) return nullptr;
         return save_ ? p.saved_c(l, k, first_ + r) : c_[l] + r * p.layers[l].P;
-    }
-
-    // Whether as many updates are to come as pay for a second thread, from the k so far.
-    bool wants_helper(int64_t k) const {
-        const int64_t t = time_[0], left = p.length(first_) - t;
-        return p.B == 1 && p.raw.threads > 1 && k % 16 == 0 && k * left >= Helper<T>::kUpdates * t;
     }
 
     void start(int r) {
@@ -259,8 +250,8 @@ private:
         if (l == 0 && p.raw.projected)
             p.gather_projected(m, xin, [&](int i) { return (first_ + active_[i]) * p.T_ + time_[active_[i]]; });
         else
-            multiply<T>(helper_.get(), m, l ? contiguous(l - 1, k + 1) : x_, l ? p.layers[l - 1].P : layer.I,
-                        layer.input, xin, layer.X, Start::kBias, layer.bias);
+            multiply<T>(m, l ? contiguous(l - 1, k + 1) : x_, l ? p.layers[l - 1].P : layer.I, layer.input, xin,
+                        layer.X, Start::kBias, layer.bias);
     }
 
     // Candidates, z without the input's part: backward joins it with the inputs of skipped steps as well.
@@ -268,9 +259,8 @@ private:
         const auto& layer = p.layers[l];
         const int P = layer.P;
         project(l, k, m, xin_);
-        multiply<T>(helper_.get(), m, contiguous(l, k), P, layer.recurrent, z, layer.G * P, Start::kZero);
-        candidates_.compute(helper_.get(), layer, p.lstm, m, xin_, zp_.data(), hp_.data(), cp_.data(), h_new_.data(),
-                            c_new_.data());
+        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, layer.G * P, Start::kZero);
+        candidates_.compute(layer, p.lstm, m, xin_, zp_.data(), hp_.data(), cp_.data(), h_new_.data(), c_new_.data());
         for (int i = 0; !p.lstm && i < m; ++i) std::memcpy(zp_[i] + layer.R, candidates_.zc + i * P, P * sizeof(T));
     }
 
@@ -279,13 +269,13 @@ private:
         const auto& layer = p.layers[l];
         const int P = layer.P, R = layer.R, width = layer.G * P;
         project(l, k, m, z);
-        multiply<T>(helper_.get(), m, contiguous(l, k), P, layer.recurrent, z, width, Start::kAccumulate);
+        multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, width, Start::kAccumulate);
         if (p.lstm) {
             for (int i = 0; i < m; ++i) lstm_candidate<T, Z::kGates>(P, z, zp_[i], cp_[i], h_new_[i], c_new_[i]);
             return;
         }
         for (int i = 0; i < m; ++i) gru_reset<T, Z::kGates>(P, z, zp_[i], hp_[i], candidates_.rh + i * P);
-        multiply<T>(helper_.get(), m, candidates_.rh, P, layer.candidate, z + R, width, Start::kAccumulate);
+        multiply<T>(m, candidates_.rh, P, layer.candidate, z + R, width, Start::kAccumulate);
         for (int i = 0; i < m; ++i) gru_candidate<T, Z::kGates>(P, z, zp_[i], zp_[i] + R, hp_[i], h_new_[i]);
     }
 

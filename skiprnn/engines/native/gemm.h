@@ -161,32 +161,27 @@ private:
 
 enum class Start { kZero, kAccumulate, kBias };
 
-// C (M, N) = A B, plus C itself or a bias row; of its columns those from n to end, each a panel's first or N.
+// C (M, N) = A B, plus C itself or a bias row.
 template <class T>
-void multiply_columns(int n, int end, int M, const T* a, ptrdiff_t lda, const Packed<T>& b, T* c, ptrdiff_t ldc,
-                      Start start, const T* bias) {
+void multiply(int M, const T* a, ptrdiff_t lda, const Packed<T>& b, T* c, ptrdiff_t ldc, Start start,
+              const T* bias = nullptr) {
     constexpr int W = kLanes<T>, kPanels = 4;
-    const T* packed = b.data + ptrdiff_t(b.K) * n;
+    const T* packed = b.data;
+    int n = 0;
     auto begin = [&] { return start == Start::kZero ? nullptr : start == Start::kBias ? bias + n : c + n; };
-    for (; M == 1 && n + kPanels * kTileVectors * W <= end; n += kPanels * kTileVectors * W) {
+    for (; M == 1 && n + kPanels * kTileVectors * W <= b.N; n += kPanels * kTileVectors * W) {
         row_tile<T, kPanels, kTileVectors>(b.K, a, packed, c + n, begin());
         packed += ptrdiff_t(b.K) * kPanels * kTileVectors * W;
     }
-    for (; n < end; n += kTileVectors * W) {
+    for (; n < b.N; n += kTileVectors * W) {
         const T* init = begin();
         const ptrdiff_t ldinit = start == Start::kBias ? 0 : ldc;
-        if (end - n >= kTileVectors * W)
+        if (b.N - n >= kTileVectors * W)
             panel<T, kTileVectors, false>(M, b.K, a, lda, packed, kTileVectors * W, c + n, ldc, init, ldinit);
         else
             panel<T, 1, false>(M, b.K, a, lda, packed, W, c + n, ldc, init, ldinit);
         packed += ptrdiff_t(b.K) * kTileVectors * W;
     }
-}
-
-template <class T>
-void multiply(int M, const T* a, ptrdiff_t lda, const Packed<T>& b, T* c, ptrdiff_t ldc, Start start,
-              const T* bias = nullptr) {
-    multiply_columns<T>(0, b.N, M, a, lda, b, c, ldc, start, bias);
 }
 
 // C (M, N) += A^T B, with A (K, M) and B (K, N) as they lie in memory: the gradient of a weight over K rows.

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cells.h"
-#include "threads.h"
+#include "gemm.h"
 
 // Mirrored field by field in operator.py. Tensors are contiguous, of one floating type; a null pointer: not asked for.
 extern "C" {

@@ -1,9 +1,32 @@
 // The plain C interface: forward and backward of a recurrence, the batch split between threads that share nothing.
+#include <atomic>
 #include <memory>
+#include <thread>
 
 #include "backward.h"
 
 namespace skiprnn {
+
+// Numbers below the normal range become 0 while this lives: fading gradients reach them, and the processor is slow there.
+class FlushDenormals {
+public:
+#if defined(__x86_64__)
+    FlushDenormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+
+private:
+    unsigned before_;
+#elif defined(__aarch64__)
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" ::"r"(before_ | (uint64_t(1) << 24)));
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+private:
+    uint64_t before_;
+#endif
+};
 
 constexpr int64_t kRows = 64;  // of a worker: few enough that all it touches in a round stays in the cache
 
