@@ -159,6 +159,9 @@ def tradeoff(rows: Sequence[Row]) -> Figure:
         for policy, group in by_policy(members).items():
             _tradeoff_curve(axes, policy, group)
         axes.margins(y=0.12)
+        low, high = axes.get_ylim()
+        if score == "mse" and high < 1.1 * low:  # matplotlib leaves a lone point on a logarithmic axis no room at all
+            axes.set_ylim(low / 2, high * 2)
         axes.set(title=title, xlabel=f"state updates, of {steps} steps", ylabel=f"test {SCORES[score]}")
         axes.set_xlim(0, 1.04 * steps)
         if one_axis:

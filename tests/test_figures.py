@@ -85,6 +85,17 @@ def test_errors_are_drawn_on_a_logarithmic_scale(tmp_path):
     assert {axes.get_yscale() for axes in figures.tradeoff(figures.complete(runs)).axes} == {"log"}
 
 
+def test_a_lone_run_is_within_its_axis(tmp_path):
+    runs = planned(tmp_path, "experiment=adding", "profile=adding/smoke", "rows=[4,5,6]")
+    for one in runs:
+        finish(one, steps=50, mse=5e-4, state_updates=50.0 - 1e6 * (one.run.model.cost_per_sample or 0))
+    axes = figures.tradeoff(figures.complete(runs)).axes[1]
+    low, high = axes.get_ylim()
+    assert axes.get_title() == "GRU"
+    assert low < 4e-4
+    assert high > 6e-4
+
+
 def test_curves_show_mean_and_range_over_the_seeds(sweep):
     rows = figures.panels(figures.complete(sweep))["LSTM"]
     accuracy, updates = figures.curves(rows).axes
