@@ -90,6 +90,15 @@ class _Problem:
                 self.kept.append(tensor.contiguous())
                 setattr(struct, name, self.kept[-1].data_ptr())
 
+    def point_states(self, names: str, flat: Tensor) -> None:
+        """Let the layers' fields `names` point to their states in `flat`, the one tensor of all."""
+        self.kept.append(flat.contiguous())
+        start = self.kept[-1].data_ptr()
+        for layer, hidden in zip(self.layers, self.hidden, strict=True):
+            for name in names.split()[: self.entries]:
+                setattr(layer, name, start)
+                start += self.batch * hidden * flat.element_size()
+
     def point_saved(self, saved: Tensor, saved_gate: Tensor) -> None:
         """Lay h, c and z of every layer out in the one tensor `saved`."""
         start = 0
@@ -158,8 +167,7 @@ def _compute(
     output, final, final_gate, updates, saved, saved_gate, projected = outputs
     problem = _Problem(cell, policy, x, states, weights, gate, policy_weights, draw, lengths)
     problem.point(problem.struct, "output updates", [output, updates])
-    for index, layer in enumerate(problem.layers):
-        problem.point(layer, "h c", split_states(final, problem.batch, problem.hidden, problem.entries)[index])
+    problem.point_states("h c", final)
     if policy == "skip":
         problem.point(problem.struct, "q s", final_gate)
     if save:
@@ -225,10 +233,9 @@ def recurrence_backward(
         problem.point(problem.struct, "projected d_projected row_starts", [projected, d_projected, row_starts])
     elif needs_input:
         problem.point(problem.struct, "d_x", [d_x.zero_()])
+    if d_final is not None:
+        problem.point_states("d_h d_c", d_final)
     for index, layer in enumerate(problem.layers):
-        if d_final is not None:
-            given = split_states(d_final.contiguous(), problem.batch, problem.hidden, problem.entries)[index]
-            problem.point(layer, "d_h d_c", given)
         problem.point(layer, "d_h0 d_c0", d_states[problem.entries * index : problem.entries * (index + 1)])
         problem.point(layer, "d_weight_ih d_weight_hh d_bias", d_weights[WEIGHTS * index : WEIGHTS * (index + 1)])
         if policy == "selective":
