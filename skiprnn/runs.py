@@ -17,6 +17,7 @@ import pickle
 import platform
 import subprocess
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -73,11 +74,29 @@ class RunFolder:
 
     def epochs_done(self) -> int:
         """Epochs that a restart would not repeat, as far as metrics.csv tells."""
+        if not self.last.exists():
+            return shorter.run.training.epochs if (shorter := self.shorter()) else 0
         file = self.path / MetricsFile.NAME
-        return file.read_bytes().count(b"\n") - 1 if file.exists() and self.last.exists() else 0
+        return file.read_bytes().count(b"\n") - 1 if file.exists() else 0
+
+    def shorter(self) -> "RunFolder | None":
+        """The longest complete run that is this one but for fewer epochs, and so its beginning.
+
+        None where the learning rate falls towards the end: the epochs before depend on their number.
+        """
+        training = self.run.training
+        others = {path.name for path in self.path.parent.glob(f"seed{self.run.seed}_*")} - {self.path.name}
+        if training.decay_epochs or not others:
+            return None
+        for epochs in range(training.epochs - 1, training.cost_free_epochs, -1):
+            folder = RunFolder(replace(self.run, training=replace(training, epochs=epochs)))
+            if folder.path.name in others and folder.complete and folder.last.exists():
+                return folder
+        return None
 
     def open(self) -> FileLock:
-        """Make the folder, lock it for this process, forget leftovers of a kill; returns the lock, to be released.
+        """Make the folder, lock it for this process, take over what a shorter run has done, forget leftovers of a
+        kill; returns the lock, to be released.
 
         Raises:
             ConfigError: the folder cannot be written, or another process is training this run.
@@ -86,6 +105,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             lock.acquire(blocking=False)
+            if not self.last.exists() and (shorter := self.shorter()):
+                for name in (self.best.name, MetricsFile.NAME, self.last.name):  # last.ckpt last: all are here with it
+                    if (file := shorter.path / name).exists():
+                        write_atomically(self.path / name, file.read_bytes())
         except Timeout:
             raise ConfigError(f"{self.path}: another process is training this run") from None
         except OSError as error:

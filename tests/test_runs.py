@@ -141,6 +141,38 @@ def test_complete_run_is_not_repeated(small_run):
     assert train.train(run) == record
 
 
+def test_a_longer_run_continues_a_shorter_one_to_the_same_end(small_run, tmp_path, monkeypatch):
+    long = ["model=skip_lstm", "model.cost_per_sample=1e-3", "training.epochs=4"]
+    anew = small_run(*long, f"output={tmp_path / 'anew'}")
+    train.train(anew)
+    for epochs in (1, 2):
+        train.train(small_run(*long, f"training.epochs={epochs}"))
+    run = small_run(*long)
+    folder = runs.RunFolder(run)
+    assert folder.epochs_done() == 2, "what is left is estimated by it"
+    trained, end = [], runs.RunKeeper.on_train_epoch_end
+    monkeypatch.setattr(
+        runs.RunKeeper,
+        "on_train_epoch_end",
+        lambda self, trainer, module: (trained.append(trainer.current_epoch), end(self, trainer, module)),
+    )
+    train.train(run)
+    assert trained == [2, 3]
+    assert_same_outcome(folder, runs.RunFolder(anew))
+
+
+@pytest.mark.parametrize("other", ["training.decay_epochs=1", "training.learning_rate=0.1", "seed=1", "interrupted"])
+def test_a_run_that_is_not_the_beginning_is_not_continued(other, small_run):
+    changes = [] if other == "interrupted" else [other]
+    train.train(shorter := small_run(*changes, "training.epochs=1"))
+    if other == "interrupted":
+        runs.RunFolder(shorter).record_file.unlink()  # it may go on meanwhile
+    longer = runs.RunFolder(small_run(*(changes if "decay" in other else []), "training.epochs=2"))
+    assert longer.epochs_done() == 0
+    longer.open().release()
+    assert not longer.last.exists()
+
+
 def test_diverged_run_is_marked_and_leaves_no_record(small_run):
     run = small_run("training.learning_rate=1e30")
     with pytest.raises(DivergedError, match=r"loss became (nan|inf) in epoch 0: lower training.learning_rate"):
