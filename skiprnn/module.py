@@ -157,7 +157,7 @@ class SequenceModule(lightning.LightningModule):
         if not torch.isfinite(torch.tensor(results["loss"])):
             raise DivergedError(
                 f"the {stage} loss became {results['loss']} in epoch {self.current_epoch}: "
-                "lower training.learning_rate or training.gradient_clip"
+                "lower training.learning_rate, training.gradient_clip or, to stop before, training.epochs"
             )
         return results
 
