@@ -191,9 +191,10 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
         "markersize": 3,
     }
     axes.errorbar(x, y, y_error, x_error, label=CURVES[policy], **style)
-    across = 3 if policy.startswith("random") else -3  # to the side where a curve that rises, or an error that falls,
-    up = -6 if (across > 0) == (rows[0].score == "accuracy") else 3  # leaves room
+    edge = 0.1 * rows[0].records[0]["steps"]  # left of it a text would run into the axis
     for x_mean, y_mean, (_, budget) in zip(x, y, points, strict=True):
+        across = 3 if policy.startswith("random") or x_mean < edge else -3  # to the side where a curve that rises,
+        up = -6 if (across > 0) == (rows[0].score == "accuracy") else 3  # or an error that falls, leaves room
         axes.annotate(
             budget.rpartition(" ")[2],
             (x_mean, y_mean),
