@@ -269,9 +269,9 @@ class RunKeeper(lightning.Callback):
             self.best = self.final
             trainer.save_checkpoint(self.folder.best, weights_only=True)
         trainer.save_checkpoint(self.folder.last)
-        self._tell(epoch, key)
+        self._tell(epoch, key, seconds)
 
-    def _tell(self, epoch: int, key: str) -> None:
+    def _tell(self, epoch: int, key: str, seconds: float) -> None:
         """Without a progress bar: a line now and then."""
         epochs, now = self.folder.run.training.epochs, time.perf_counter()
         if not self.quiet or (now - self.told < 20 and epoch + 1 < epochs):
@@ -279,7 +279,7 @@ class RunKeeper(lightning.Callback):
         self.told = now
         assert self.final is not None
         validation = self.final["validation"]
-        left = (epochs - epoch - 1) * self.seconds / (epoch + 1)
+        left = (epochs - epoch - 1) * seconds  # of the last epoch: they fall with the state updates
         print(
             f"{self.folder.run.name}  epoch {epoch + 1}/{epochs}  validation {key} {validation[key]:.4f}  "
             f"state updates {validation['state_updates']:.1f}  {duration(left)} left",
