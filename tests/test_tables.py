@@ -219,6 +219,44 @@ def test_the_criterion_is_the_papers(data, solved_at):
     assert train.make_data(run).solved_at == pytest.approx(solved_at)
 
 
+def test_the_last_epoch_stands_beside_the_best_and_is_compared_with_the_same_published_number(tmp_path):
+    experiment, planned, _ = experiments.requested(
+        [
+            "experiment=frequency",
+            "profile=frequency/cpu",
+            "rows=[4]",
+            f"output={tmp_path}",
+        ]  # published: 12.7 ± 0.5 of 4
+    )
+    for one, final, updates in zip(planned, (0.995, 0.5), (12.3, 13.1), strict=True):
+        finish(
+            one,
+            {"solved_at": 0.99, "steps": 100, "note": None},
+            accuracy=0.999,
+            state_updates=59.0,
+            inference_flops=1e6,
+        )
+        record = one.folder.record()
+        record["final"]["test"] = {"accuracy": final, "state_updates": updates, "inference_flops": 1e6}
+        one.folder.record_file.write_text(json.dumps(record))
+    markdown, _, numbers = publish(planned, experiment)
+    assert cells(markdown)["Skip LSTM, λ = 1e-4 (1 ms)"] == {
+        "Task solved": "yes",
+        "Accuracy": "0.999 ± 0.000",
+        "State updates": "59.00 ± 0.00",
+        "Inference FLOPs": "1.00e6",
+        "Task solved (last epoch)": "50% of runs",
+        "State updates (last epoch)": "12.70 ± 0.57",
+        "Task solved (paper)": "yes",
+        "State updates (paper)": "12.70 ± 0.50",
+        "Runs": "2 / 2",
+    }
+    judged = numbers.iloc[0]
+    assert (judged.task_solved_verdict, judged.last_task_solved_verdict) == ("agrees", "worse")
+    assert (judged.state_updates_verdict, judged.last_state_updates_verdict) == ("worse", "agrees")
+    assert "best validation score and, since the paper names none, at the last one;" in markdown
+
+
 def test_accuracy_solves_from_above():
     record = {"best": {"test": {"accuracy": 0.985}}, "solved_at": 0.99}
     assert tables.measured(record, "task_solved") == 0
