@@ -192,15 +192,15 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
     }
     axes.errorbar(x, y, y_error, x_error, label=CURVES[policy], **style)
     edge = 0.1 * rows[0].records[0]["steps"]  # left of it a text would run into the axis
-    for x_mean, y_mean, (_, budget) in zip(x, y, points, strict=True):
-        across = 3 if policy.startswith("random") or x_mean < edge else -3  # to the side where a curve that rises,
-        up = -6 if (across > 0) == (rows[0].score == "accuracy") else 3  # or an error that falls, leaves room
+    for number, (_, budget) in enumerate(points):
+        side = 1 if policy.startswith("random") or x[number] < edge else -1
+        beside = min(max(number + side, 0), len(points) - 1)
         axes.annotate(
             budget.rpartition(" ")[2],
-            (x_mean, y_mean),
-            (across, up),
+            (x[number], y[number]),
+            (3 * side, -6 if y[beside] > y[number] else 3),  # the curve leaves room below it where it comes from above
             textcoords="offset points",
-            ha="left" if across > 0 else "right",
+            ha="left" if side > 0 else "right",
             fontsize=5,
         )
 
