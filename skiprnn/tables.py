@@ -41,10 +41,11 @@ class Metric:
     heading: str
     digits: int | None = None
     better: int = 0  # 0: not compared
+    share: bool = False  # of the runs: shown as yes or no, without a spread
 
 
 METRICS = {
-    "task_solved": Metric("Task solved", 2, better=+1),  # share of the runs
+    "task_solved": Metric("Task solved", 2, better=+1, share=True),
     "accuracy": Metric("Accuracy", 3, better=+1),
     "mse": Metric("MSE", 6, better=-1),
     "state_updates": Metric("State updates", 2, better=-1),
@@ -84,7 +85,7 @@ def rows(experiment: Experiment, planned: Sequence[PlannedRun]) -> pd.DataFrame:
         for metric in experiment.columns:
             values = [value for record in records if (value := measured(record, metric)) is not None]
             mean = statistics.mean(values) if values else None
-            std = statistics.stdev(values) if len(values) > 1 and not metric.endswith("task_solved") else None
+            std = statistics.stdev(values) if len(values) > 1 and not METRICS[metric].share else None
             published = row.published.get(metric.removeprefix(LAST))
             published_mean, published_std = published if isinstance(published, list) else (published, None)
             line |= {f"{metric}_mean": mean, f"{metric}_std": std}
@@ -128,11 +129,11 @@ def compare(metric: str, ours: tuple, published: tuple) -> dict[str, Any]:
 def _cell(line: pd.Series, name: str) -> str:
     """A metric as people read it: mean ± std, mean alone without a spread, or a dash."""
     mean, std = line.get(f"{name}_mean"), line.get(f"{name}_std")
-    metric = name.removeprefix("published_")
-    digits = METRICS[metric].digits
+    metric = METRICS[name.removeprefix("published_")]
+    digits = metric.digits
     if pd.isna(mean):
         return MISSING
-    if metric.endswith("task_solved"):
+    if metric.share:
         return {0: "no", 1: "yes"}.get(mean, f"{mean:.0%} of runs")
     if digits is None:
         return f"{mean:.2e}".replace("e+0", "e").replace("e+", "e")
@@ -161,7 +162,7 @@ def verdicts(experiment: Experiment, numbers: pd.DataFrame) -> pd.DataFrame:
         verdict, digits = line[f"{metric}_verdict"], METRICS[metric].digits
         if pd.isna(verdict):
             return MISSING
-        if metric.endswith("task_solved") or verdict == "too few runs":
+        if METRICS[metric].share or verdict == "too few runs":
             return verdict
         difference, low, high = (line[f"{metric}_{key}"] for key in ("difference", "low", "high"))
         return f"{difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {verdict}"

@@ -220,22 +220,11 @@ def test_the_criterion_is_the_papers(data, solved_at):
 
 
 def test_the_last_epoch_stands_beside_the_best_and_is_compared_with_the_same_published_number(tmp_path):
-    experiment, planned, _ = experiments.requested(
-        [
-            "experiment=frequency",
-            "profile=frequency/cpu",
-            "rows=[4]",
-            f"output={tmp_path}",
-        ]  # published: 12.7 ± 0.5 of 4
-    )
+    overrides = ["experiment=frequency", "profile=frequency/cpu", "rows=[4]", f"output={tmp_path}"]
+    experiment, planned, _ = experiments.requested(overrides)
+    facts = {"solved_at": 0.99, "steps": 100, "note": None}
     for one, final, updates in zip(planned, (0.995, 0.5), (12.3, 13.1), strict=True):
-        finish(
-            one,
-            {"solved_at": 0.99, "steps": 100, "note": None},
-            accuracy=0.999,
-            state_updates=59.0,
-            inference_flops=1e6,
-        )
+        finish(one, facts, accuracy=0.999, state_updates=59.0, inference_flops=1e6)
         record = one.folder.record()
         record["final"]["test"] = {"accuracy": final, "state_updates": updates, "inference_flops": 1e6}
         one.folder.record_file.write_text(json.dumps(record))
