@@ -274,13 +274,10 @@ def write(picture: Figure | str, stem: Path) -> list[Path]:
     if isinstance(picture, str):
         contents = {".html": picture.encode()}
     else:
-        contents = {}
-        for suffix, metadata in (
-            (".pdf", {"CreationDate": None}),
-            (".png", {"Software": None}),
-        ):  # the same bytes each time
+        contents, volatile = {}, {".pdf": "CreationDate", ".png": "Software"}  # left out: the same bytes each time
+        for suffix, key in volatile.items():
             buffer = io.BytesIO()
-            picture.savefig(buffer, format=suffix[1:], metadata=metadata)
+            picture.savefig(buffer, format=suffix[1:], metadata={key: None})
             contents[suffix] = buffer.getvalue()
     files = [stem.with_name(stem.name + suffix) for suffix in contents]
     for file, content in zip(files, contents.values(), strict=True):

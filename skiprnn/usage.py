@@ -217,9 +217,8 @@ def _broken(tokens: Sequence[tuple[str, bool]]) -> list[list[tuple[float, str, b
     for word, used in tokens:
         font = FontProperties(weight="bold" if used else "normal", size=6)
         word = word.replace("$", r"\$")
-        width = extent(f"|{word} |", font) - extent(
-            "||", font
-        )  # with the space after it, which has no extent of its own
+        # with the space after it, which without the bar would have no extent
+        width = extent(f"|{word} |", font) - extent("||", font)
         if left + width > WIDTH - 0.1:
             lines.append([])
             left = 0.0
