@@ -274,10 +274,10 @@ def write(picture: Figure | str, stem: Path) -> list[Path]:
     if isinstance(picture, str):
         contents = {".html": picture.encode()}
     else:
-        contents, volatile = {}, {".pdf": "CreationDate", ".png": "Software"}  # left out: the same bytes each time
-        for suffix, key in volatile.items():
+        contents = {}
+        for suffix, volatile in ((".pdf", "CreationDate"), (".png", "Software")):
             buffer = io.BytesIO()
-            picture.savefig(buffer, format=suffix[1:], metadata={key: None})
+            picture.savefig(buffer, format=suffix[1:], metadata={volatile: None})  # the same bytes each time
             contents[suffix] = buffer.getvalue()
     files = [stem.with_name(stem.name + suffix) for suffix in contents]
     for file, content in zip(files, contents.values(), strict=True):
