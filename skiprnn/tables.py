@@ -19,6 +19,7 @@ from scipy.stats import t as student
 from skiprnn import experiments
 from skiprnn.config import ConfigError, TrainingConfig
 from skiprnn.experiments import Experiment, PlannedRun
+from skiprnn.runs import MetricsFile, write_atomically
 
 MISSING = "–"
 CONFIDENCE = 0.95
@@ -213,8 +214,8 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
 
     Args:
         experiment, planned: as from skiprnn.experiments.requested.
-        folder: where; None: OUTPUT/tables/EXPERIMENT_PROFILE. If given, the records are copied beside the table, after
-            those that lie there already have been taken over.
+        folder: where; None: OUTPUT/tables/EXPERIMENT_PROFILE. If given, records and metrics per epoch are copied
+            beside the table, after those that lie there already have been taken over.
 
     Raises:
         ConfigError: a record in the folder is not that of its run.
@@ -241,17 +242,21 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
 
 
 def exchange_records(planned: Sequence[PlannedRun], published: Path) -> None:
-    """Copy the records of complete runs to the published ones, and the other way round: a run that another machine
-    published is complete here as well, so that a table can be continued anywhere.
+    """Copy the records of complete runs, and their metrics per epoch where they are known, to the published ones, and
+    the other way round: a run that another machine published is complete here as well, so that a table and its curves
+    can be continued anywhere.
 
     Raises:
         ConfigError: a published record is corrupt, or another run's.
     """
     for one in planned:
-        file = published / f"{one.run.name}.json"
+        file, epochs = published / f"{one.run.name}.json", published / f"{one.run.name}.csv"
+        own_epochs = one.folder.path / MetricsFile.NAME
         if one.folder.complete:
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(one.folder.record_file, file)
+            if own_epochs.exists():
+                shutil.copyfile(own_epochs, epochs)
         elif file.exists():
             try:
                 record = json.loads(file.read_text())
@@ -260,6 +265,8 @@ def exchange_records(planned: Sequence[PlannedRun], published: Path) -> None:
             if not isinstance(record, dict) or record.get("config") != one.run.identity:
                 raise ConfigError(f"{file} is corrupt, or the record of another run; delete it")
             one.folder.path.mkdir(parents=True, exist_ok=True)
+            if epochs.exists():
+                write_atomically(own_epochs, epochs.read_bytes())
             one.folder.finish(record)
 
 

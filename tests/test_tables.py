@@ -384,6 +384,7 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     command = ["experiment=table1", "profile=mnist/paper", f"publish={tmp_path / 'published'}"]
     finish_row(planned, "LSTM", (0.90,), (784.0,), (3.829e7,))
     finish_row(planned, "GRU", (0.95,), (784.0,), (2.8e7,))
+    (planned[0].folder.path / "metrics.csv").write_text("epoch,validation/accuracy\n0,0.90\n")
     tables.main([*command, f"output={here}"])
     elsewhere = [dataclasses.replace(one, run=dataclasses.replace(one.run, output=str(there))) for one in planned]
     finish(elsewhere[1], accuracy=0.92, state_updates=784.0, inference_flops=3.829e7)  # the LSTM's second seed
@@ -393,6 +394,8 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     assert table["GRU"]["Runs"] == "1 / 4"
     assert elsewhere[0].folder.complete, "the sweep would repeat it"
     assert elsewhere[0].folder.record() == planned[0].folder.record()
+    assert [one.folder.path.joinpath("metrics.csv").exists() for one in elsewhere[:2]] == [True, False]
+    assert "0,0.90" in (elsewhere[0].folder.path / "metrics.csv").read_text(), "its curves would lack it"
     assert len(list((tmp_path / "published").rglob("*.json"))) == 3
 
 
