@@ -150,12 +150,15 @@ def main(arguments: Sequence[str]) -> None:
         complete = [one.folder for one in planned if one.folder.complete]
         if not complete:
             raise ConfigError(f"output={planned[0].run.output}: none of the {len(planned)} runs is complete")
-        for run in complete:
+        trained_here = [run for run in complete if run.best.exists()]
+        for run in trained_here:
             file = export(run, folder)
             print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    print(f"{len(complete)} of {len(planned)} runs published, each with its model card")
+    if elsewhere := len(complete) - len(trained_here):
+        print(f"left out: {elsewhere} runs of which the record is here, the checkpoint is not")
+    print(f"{len(trained_here)} of {len(planned)} runs published, each with its model card")
 
 
 if __name__ == "__main__":

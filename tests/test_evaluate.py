@@ -197,6 +197,11 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
     ):
         assert part in card
     assert json.loads(json.dumps(record))["git"] is None or record["git"]["commit"] in card
+    folder.best.unlink()  # as where another machine's record was taken over
+    publish.main([*overrides, *settings, f"publish={target}"])
+    printed = capsys.readouterr().out
+    assert "left out: 1 runs of which the record is here, the checkpoint is not" in printed
+    assert "0 of 2 runs published" in printed
 
 
 def test_nothing_to_publish_is_one_line(tmp_path):
