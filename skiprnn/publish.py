@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")
     if elsewhere := len(complete) - len(trained_here):
-        print(f"left out: {elsewhere} runs of which the record is here, the checkpoint is not")
+        print(f"{elsewhere} of {len(planned)} runs left out: the record is here, the checkpoint is not")
     print(f"{len(trained_here)} of {len(planned)} runs published, each with its model card")
 
 

@@ -265,6 +265,8 @@ def exchange_records(planned: Sequence[PlannedRun], published: Path) -> None:
             if not isinstance(record, dict) or record.get("config") != one.run.identity:
                 raise ConfigError(f"{file} is corrupt, or the record of another run; delete it")
             one.folder.path.mkdir(parents=True, exist_ok=True)
+            for attempt in (one.folder.last, one.folder.best, own_epochs):  # begun here, and not what the record is of
+                attempt.unlink(missing_ok=True)
             if epochs.exists():
                 write_atomically(own_epochs, epochs.read_bytes())
             one.folder.finish(record)

@@ -200,7 +200,7 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
     folder.best.unlink()  # as where another machine's record was taken over
     publish.main([*overrides, *settings, f"publish={target}"])
     printed = capsys.readouterr().out
-    assert "left out: 1 runs of which the record is here, the checkpoint is not" in printed
+    assert "1 of 2 runs left out: the record is here, the checkpoint is not" in printed
     assert "0 of 2 runs published" in printed
 
 

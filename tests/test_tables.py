@@ -388,6 +388,11 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     tables.main([*command, f"output={here}"])
     elsewhere = [dataclasses.replace(one, run=dataclasses.replace(one.run, output=str(there))) for one in planned]
     finish(elsewhere[1], accuracy=0.92, state_updates=784.0, inference_flops=3.829e7)  # the LSTM's second seed
+    gru = next(one.folder for one in elsewhere if one.row.label == "GRU")
+    begun = [gru.last, gru.best, gru.path / "metrics.csv"]
+    gru.path.mkdir(parents=True)
+    for file in begun:
+        file.write_text("of an attempt that was stopped")
     tables.main([*command, f"output={there}"])
     table = cells((tmp_path / "published" / "table.md").read_text())
     assert (table["LSTM"]["Accuracy"], table["LSTM"]["Runs"]) == ("0.910 ± 0.014", "2 / 4")
@@ -396,6 +401,8 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     assert elsewhere[0].folder.record() == planned[0].folder.record()
     assert [one.folder.path.joinpath("metrics.csv").exists() for one in elsewhere[:2]] == [True, False]
     assert "0,0.90" in (elsewhere[0].folder.path / "metrics.csv").read_text(), "its curves would lack it"
+    assert gru.complete
+    assert not any(file.exists() for file in begun), "the attempt would pass for what was published"
     assert len(list((tmp_path / "published").rglob("*.json"))) == 3
 
 
