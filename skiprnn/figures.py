@@ -209,6 +209,8 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
 def curves(rows: Sequence[Row]) -> Figure:
     """Validation score and state updates by epoch: mean, and the range over the seeds.
 
+    The legend says so where only some of a row's complete runs have their metrics.csv.
+
     Raises:
         ConfigError: no run has its metrics.csv, or of one epoch only.
     """
@@ -222,9 +224,11 @@ def curves(rows: Sequence[Row]) -> Figure:
         for axes, metric in ((upper, score), (lower, "state_updates")):
             values = row.epochs(metric)
             assert values is not None
-            epochs = np.arange(1, values.shape[1] + 1)
+            shown, epochs = len(values), np.arange(1, values.shape[1] + 1)
+            some = f"{shown} of {len(row.runs)} runs" if shown < len(row.runs) else ""
+            label = ", ".join(filter(None, (row.name, row.budget, some)))
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-            axes.plot(epochs, values.mean(0), color=colour, label=", ".join(filter(None, (row.name, row.budget))))
+            axes.plot(epochs, values.mean(0), color=colour, label=label)
     upper.set_ylabel(f"validation {SCORES[score]}")
     upper.set_yscale("log" if score == "mse" else "linear")
     lower.set(xlabel="epoch", ylabel="state updates", ylim=(0, None))

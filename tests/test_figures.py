@@ -109,6 +109,13 @@ def test_curves_show_mean_and_range_over_the_seeds(sweep):
     assert len({tuple(line.get_color()) for line in accuracy.lines}) == len(rows)
 
 
+def test_a_curve_of_some_of_its_runs_says_so(sweep):
+    (sweep[0].folder.path / "metrics.csv").unlink()  # known by its record alone
+    line, other = figures.curves(figures.panels(figures.complete(sweep))["LSTM"]).axes[0].lines[:2]
+    assert (line.get_label(), other.get_label()) == ("LSTM, 1 of 2 runs", "LSTM, random, p = 0.25")
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0.4], [2, 0.6]])
+
+
 def test_one_epoch_makes_no_curve(sweep):
     rows = figures.complete(sweep)
     for one in sweep:
