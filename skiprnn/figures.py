@@ -101,19 +101,16 @@ class Row:
         return np.stack([pd.read_csv(file)[f"validation/{metric}"] for file in files]) if files else None
 
     def best(self) -> RunFolder:
-        """The run with the best validation score, of those that have their checkpoint.
+        """The run with the best validation score.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: its checkpoint is not here; another run's would not show what the row can do.
         """
-        scores = [
-            (record["best"]["validation"][self.score], number)
-            for number, (run, record) in enumerate(zip(self.runs, self.records, strict=True))
-            if run.best.exists()
-        ]
-        if not scores:
-            raise ConfigError(f"{self.runs[0].path}: the record is here, the checkpoint is not")
-        return self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
+        scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
+        run = self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
+        if not run.best.exists():
+            raise ConfigError(f"{run.path}: the record is here, the checkpoint is not")
+        return run
 
 
 def complete(planned: Sequence[PlannedRun]) -> list[Row]:
