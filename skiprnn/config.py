@@ -18,6 +18,11 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message is one line that names the setting and the remedy."""
 
 
+ADDED = {
+    "added": True
+}  # metadata of later options: no part of a run's identity at their default, so older runs keep their hash
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
@@ -66,6 +71,8 @@ class TrainingConfig:
     gradient_clip: float = 1.0  # largest global norm of the gradient
     cost_free_epochs: int = 0  # λ counts as 0 in so many epochs at the start; 0 as published
     decay_epochs: int = 0  # the learning rate falls in equal steps in so many epochs at the end; 0 as published
+    # it rises in equal steps in so many epochs at the start; 0 as published
+    warmup_epochs: int = dataclasses.field(default=0, metadata=ADDED)
     train_batches: int | None = None  # of each epoch; None: all
     evaluation_batches: int | None = None  # of validation and test; None: all
 
@@ -80,6 +87,11 @@ class TrainingConfig:
         _require(
             0 <= self.decay_epochs <= self.epochs,
             f"training.decay_epochs={self.decay_epochs}: must be at least 0 and at most epochs={self.epochs}",
+        )
+        _require(
+            0 <= self.warmup_epochs <= self.epochs - self.decay_epochs,
+            f"training.warmup_epochs={self.warmup_epochs}: must be at least 0 and at most "
+            f"{self.epochs - self.decay_epochs}, the epochs before the learning rate falls",
         )
 
 
@@ -125,8 +137,8 @@ class RunConfig:
         """What determines the result, and nothing else: how and where it is computed may change between resumptions."""
         return {
             "data": self.data,
-            "model": dataclasses.asdict(self.model),
-            "training": dataclasses.asdict(self.training),
+            "model": _settings(self.model),
+            "training": _settings(self.training),
             "seed": self.seed,
         }
 
@@ -150,6 +162,15 @@ class RunConfig:
     def name(self) -> str:
         """Readable and unique: dataset, model and budget, seed, hash."""
         return f"{self.data['name']}/{self.row}/seed{self.seed}_{self.hash}"
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """A config's values, without those of later options that stand at their default."""
+    fields = dataclasses.fields(part)
+    left_out = {
+        field.name for field in fields if field.metadata == ADDED and getattr(part, field.name) == field.default
+    }
+    return {name: value for name, value in dataclasses.asdict(part).items() if name not in left_out}
 
 
 def read(config: DictConfig) -> RunConfig:

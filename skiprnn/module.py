@@ -123,9 +123,10 @@ class SequenceModule(lightning.LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """Of the current epoch: constant, then falling in equal steps that would reach 0 after the last epoch."""
-        left = self.protocol.epochs - self.current_epoch
-        return self.protocol.learning_rate * min(1.0, left / (self.protocol.decay_epochs + 1))
+        """Of the current epoch: rising in equal steps from 0, constant, falling in equal steps to 0 after the last."""
+        done, left = self.current_epoch + 1, self.protocol.epochs - self.current_epoch
+        share = min(1.0, done / (self.protocol.warmup_epochs + 1), left / (self.protocol.decay_epochs + 1))
+        return self.protocol.learning_rate * share
 
     def on_train_epoch_start(self) -> None:
         self.begin("train")

@@ -217,7 +217,7 @@ class MetricsFile(Logger):
 class RunKeeper(lightning.Callback):
     """Keeps the run folder: times epochs, logs their metrics, remembers the best, writes the checkpoints."""
 
-    KEPT = ("best", "final", "seconds", "trained")  # in the checkpoint
+    KEPT = ("best", "final", "seconds", "trained", "commits")  # in the checkpoint
 
     def __init__(self, folder: RunFolder, quiet: bool):
         self.folder, self.quiet = folder, quiet
@@ -225,18 +225,21 @@ class RunKeeper(lightning.Callback):
         self.final: dict[str, Any] | None = None
         self.seconds = 0.0
         self.trained = {"examples": 0, "seconds": 0.0}
+        self.commits: list[dict[str, Any] | None] = [code_version()]  # that trained it, one after the other
         self.started = self.told = time.perf_counter()
-        self.train_seconds = 0.0
+        self.train_seconds = self.started_cpu = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in self.KEPT:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, []))  # older checkpoints name no commits
+        if code_version() not in self.commits[-1:]:
+            self.commits = [*self.commits, code_version()]
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        self.started = time.perf_counter()
+        self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
     def on_validation_start(self, trainer, module) -> None:
         module.results("train")  # stops a diverged run before time goes into validation; waits for the device
@@ -257,6 +260,9 @@ class RunKeeper(lightning.Callback):
             f"{stage}/{key}": value for stage in ("train", "validation") for key, value in self.final[stage].items()
         }
         row |= {"examples_per_second": examples / self.train_seconds, "seconds": seconds}
+        row |= {
+            "cpu_seconds": time.process_time() - self.started_cpu
+        }  # of all threads; what other work took is not in it
         for logger in trainer.loggers:
             logger.log_metrics(row, step=epoch)
         key = metrics.SCORES[task]
@@ -298,17 +304,19 @@ def duration(seconds: float) -> str:
 @functools.cache
 def code_version() -> dict[str, Any] | None:
     """The git commit, and whether files differ from it, when this process first asked: what is committed later is not
-    what it runs. None outside a repository."""
+    what it runs. Untracked files count where code and settings are. None outside a repository."""
+    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(folder.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        added = git(
+            "ls-files", "--others", "--exclude-standard", "--", folder.name, "conf", "experiments", "hydra_plugins"
+        )
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed or added)}
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -179,11 +179,13 @@ def verdicts(experiment: Experiment, numbers: pd.DataFrame) -> pd.DataFrame:
 
 def protocol(training: TrainingConfig) -> str:
     """How a run was trained, in words."""
-    falling = f" (falling after epoch {training.epochs - training.decay_epochs})" if training.decay_epochs else ""
+    rising = f"rising until epoch {training.warmup_epochs + 1}" if training.warmup_epochs else ""
+    falling = f"falling after epoch {training.epochs - training.decay_epochs}" if training.decay_epochs else ""
+    course = f" ({', '.join(filter(None, [rising, falling]))})" if rising or falling else ""
     free = f", λ = 0 before epoch {training.cost_free_epochs + 1}" if training.cost_free_epochs else ""
     return (
         f"{training.epochs} epochs, batch {training.batch_size}, Adam, learning rate {training.learning_rate:g}"
-        f"{falling}, gradient norm clipped at {training.gradient_clip:g}{free}"
+        f"{course}, gradient norm clipped at {training.gradient_clip:g}{free}"
     )
 
 

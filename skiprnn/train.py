@@ -294,6 +294,7 @@ def make_record(run, folder, module, trainer, keeper) -> dict[str, Any]:
         "seconds": keeper.seconds,
         "examples_per_second": keeper.trained["examples"] / keeper.trained["seconds"],
         "completed": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commits": keeper.commits,
     } | provenance(module.device, engine_of(module, module.device))
 
 

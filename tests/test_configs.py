@@ -1,5 +1,6 @@
 """Every config composes and trains one step; a setting that cannot work gives one clear line."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from conftest import CONF, command, compose, make_small_ucf101
 
 from skiprnn import config, experiments, train
-from skiprnn.config import ConfigError
+from skiprnn.config import ConfigError, RunConfig
 from skiprnn.data.base import DataError
 
 
@@ -108,12 +109,37 @@ def test_every_row_of_every_experiment_trains_one_step(experiment, row, data_or_
         (["device=tpu"], "device=tpu: there are auto, cpu, cuda"),
         (["training.cost_free_epochs=40"], "training.cost_free_epochs=40: must be"),
         (["training.decay_epochs=41"], "training.decay_epochs=41: must be"),
+        (
+            ["training.decay_epochs=30", "training.warmup_epochs=11"],
+            "training.warmup_epochs=11: must be at least 0 and",
+        ),
     ],
 )
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config.read(compose(overrides))
     assert "\n" not in str(caught.value)
+
+
+RECORDS = sorted(Path(CONF).parent.glob("results/**/*.json"))
+
+
+def test_every_published_record_still_has_its_hash():
+    records = [json.loads(file.read_text()) for file in RECORDS]
+    hashes = {
+        record["name"]: (record["hash"], RunConfig.of(record["config"]).hash)
+        for record in records
+        if "config" in record
+    }
+    assert len(hashes) > 200
+    assert [name for name, (published, now) in hashes.items() if now != published] == []
+
+
+def test_a_later_option_is_part_of_what_a_run_is_unless_it_stands_at_its_default():
+    plain, warm = (config.read(compose([f"training.warmup_epochs={epochs}"])) for epochs in (0, 3))
+    assert "warmup_epochs" not in plain.identity["training"]
+    assert warm.identity["training"]["warmup_epochs"] == 3
+    assert RunConfig.of(warm.identity) == RunConfig.of(warm.identity | {"seed": 0})
 
 
 def test_unknown_data_argument_is_named():

@@ -56,7 +56,8 @@ def assert_same_outcome(folder: runs.RunFolder, other: runs.RunFolder) -> None:
     """Records but for times, metrics but for times, and every number in both checkpoints are equal."""
     assert without_times(folder.record()) == without_times(other.record())
     tables = [
-        pd.read_csv(f.path / "metrics.csv").drop(columns=["seconds", "examples_per_second"]) for f in (folder, other)
+        pd.read_csv(f.path / "metrics.csv").drop(columns=["seconds", "cpu_seconds", "examples_per_second"])
+        for f in (folder, other)
     ]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     for name in ("last.ckpt", "best.ckpt"):
@@ -118,7 +119,7 @@ def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, 
     before = git("rev-parse", "HEAD")
     validate = SequenceModule.validation_step
     monkeypatch.setattr(SequenceModule, "validation_step", commit_and_validate)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "runs.py"))
     runs.code_version.cache_clear()
     try:
         record = train.train(small_run("training.epochs=1"))
@@ -128,11 +129,52 @@ def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, 
     assert record["git"] == {"commit": before, "dirty": False}
 
 
-def test_learning_rate_falls_in_equal_steps_at_the_end(small_run):
-    run = small_run("training.epochs=4", "training.decay_epochs=2", "training.learning_rate=0.3")
+def test_a_record_names_every_commit_that_trained_the_run(small_run, monkeypatch):
+    versions = [{"commit": "first", "dirty": False}, {"commit": "second", "dirty": True}]
+    monkeypatch.setattr(runs, "code_version", lambda: versions[0])
+    run = small_run("training.epochs=3")
+    end = runs.RunKeeper.on_train_epoch_end
+
+    def end_and_stop(self, trainer, module):
+        end(self, trainer, module)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.RunKeeper, "on_train_epoch_end", end_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run)
+    monkeypatch.setattr(runs, "code_version", lambda: versions[1])
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run)
+    monkeypatch.setattr(runs.RunKeeper, "on_train_epoch_end", end)
+    record = train.train(run)
+    assert record["commits"] == versions
+    assert record["git"] == versions[1]
+
+
+@pytest.mark.parametrize(("file", "dirty"), [("skiprnn/new.py", True), ("conf/model/new.yaml", True), ("notes", False)])
+def test_untracked_code_and_settings_count_as_changes(file, dirty, tmp_path, monkeypatch):
+    subprocess.run(["git", "init", tmp_path], capture_output=True, check=True)
+    commit = ["-c", "user.name=test", "-c", "user.email=test", "commit", "--allow-empty", "-m", "code"]
+    subprocess.run(["git", "-C", tmp_path, *commit], capture_output=True, check=True)
+    for path in ("skiprnn", "conf/model"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / file).write_text("new")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "runs.py"))
+    runs.code_version.cache_clear()
+    try:
+        version = runs.code_version()
+    finally:
+        runs.code_version.cache_clear()
+    assert version is not None
+    assert version["dirty"] == dirty
+
+
+def test_learning_rate_rises_at_the_start_and_falls_at_the_end_in_equal_steps(small_run):
+    course = ["training.warmup_epochs=1", "training.decay_epochs=2"]
+    run = small_run("training.epochs=5", *course, "training.learning_rate=0.3")
     train.train(run)
     rates = pd.read_csv(runs.RunFolder(run).path / "metrics.csv")["learning_rate"]
-    assert list(rates) == pytest.approx([0.3, 0.3, 0.2, 0.1])
+    assert list(rates) == pytest.approx([0.15, 0.3, 0.3, 0.2, 0.1])
 
 
 def test_complete_run_is_not_repeated(small_run):
