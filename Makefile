@@ -30,7 +30,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements.lock
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(RUN) -m skiprnn.engines.native
+	$(RUN) -m skiprnn.model.engines.native
 	touch $@
 
 quickstart: install  ## Table I's rows on 8x8 digits: real data, no download, minutes

@@ -26,7 +26,7 @@ class SubmititLauncher(BaseSubmititLauncher):
         """
         import submitit
 
-        from skiprnn.config import ConfigError
+        from skiprnn.training.config import ConfigError
 
         settings = dict(self.params)
         folder, cluster, timeouts = (settings.pop(key) for key in ("submitit_folder", "cluster", "max_num_timeout"))

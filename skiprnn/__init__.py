@@ -1,6 +1,6 @@
 """Recurrent networks that decide when to compute: Skip RNN (Campos et al. 2018), SA-RNN (Hartvigsen et al. 2020)."""
 
-from skiprnn.recurrent import (
+from skiprnn.model.recurrent import (
     GRU,
     LSTM,
     SAGRU,

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from skiprnn import GRU, LSTM, Recurrent, RecurrentState, SkipGRU, SkipLSTM
-from skiprnn.policies import Skip
+from skiprnn.model.policies import Skip
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = {  # B, T, I, H, L
@@ -187,7 +187,7 @@ def child(arguments: list[str], environment: dict[str, str]) -> dict:
 
 
 def machine(threads: int) -> dict:
-    from skiprnn.engines.native import build
+    from skiprnn.model.engines.native import build
 
     info = Path("/proc/cpuinfo")
     models = (

@@ -14,8 +14,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from skiprnn import GRU, LSTM, SAGRU, bench, engines
-from skiprnn.recurrent import Recurrent
+from skiprnn import GRU, LSTM, SAGRU, bench
+from skiprnn.model import engines
+from skiprnn.model.recurrent import Recurrent
 
 SHAPE = bench.SHAPES["mnist"]
 PACKS = (1, 4, 8, 24)

@@ -24,10 +24,11 @@ import jinja2
 import pandas as pd
 import vl_convert
 
-from skiprnn import experiments, tables
-from skiprnn.config import ConfigError, RunConfig
-from skiprnn.experiments import Experiment, PlannedRun, Row, SavedPlan
-from skiprnn.runs import MetricsFile, RunFolder, write_atomically
+from skiprnn import tables
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import Experiment, PlannedRun, Row, SavedPlan
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import MetricsFile, RunFolder, write_atomically
 
 EPOCHS_DRAWN = 60  # of a curve
 PICTURES, UNFINISHED = 24, 100  # shown at most
@@ -157,9 +158,9 @@ def page(output: Path) -> str:
     if not views:
         raise ConfigError(f"{output}: no runs here; give the folder that was output= of a sweep")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("skiprnn", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("skiprnn.views", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("dashboard.html").render(
+    return environment.get_template("page.html").render(
         views=views,
         charts=[{key: one[key] for key in ("score", "updates", "rows")} for one in views],
         output=str(output),

@@ -25,14 +25,16 @@ from rich.progress import track
 from rich.table import Table
 from yaml import YAMLError
 
-from skiprnn import config, metrics, pretrained
 from skiprnn.bench import alternate
-from skiprnn.config import ConfigError
 from skiprnn.data.base import Batch, SequenceData
-from skiprnn.module import Network, SequenceModule, stage_seed
-from skiprnn.policies import Always
-from skiprnn.runs import load_weights, provenance, read_checkpoint
+from skiprnn.model import pretrained
+from skiprnn.model.policies import Always
 from skiprnn.train import USER_ERRORS, device_of, engine_of, make_module, prepare_process, quieten
+from skiprnn.training import config
+from skiprnn.training import measures as metrics
+from skiprnn.training.config import ConfigError
+from skiprnn.training.folder import load_weights, provenance, read_checkpoint
+from skiprnn.training.module import Network, SequenceModule, stage_seed
 
 MESSAGES = Console(stderr=True)  # progress
 BATCHES = (1, 256)  # sequences at a time, of which the time is measured

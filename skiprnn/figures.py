@@ -31,13 +31,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.progress import track
 
-from skiprnn import evaluate, experiments, metrics, usage
-from skiprnn.config import ConfigError, RunConfig
+from skiprnn import evaluate
 from skiprnn.data.base import DataError
-from skiprnn.experiments import Experiment, PlannedRun
-from skiprnn.module import SequenceModule
-from skiprnn.runs import MetricsFile, RunFolder, write_atomically
-from skiprnn.usage import STYLE, WIDTH
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import Experiment, PlannedRun
+from skiprnn.training import measures as metrics
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import MetricsFile, RunFolder, write_atomically
+from skiprnn.training.module import SequenceModule
+from skiprnn.views import samples as usage
+from skiprnn.views.samples import STYLE, WIDTH
 
 COLOURS = {  # of a policy; Okabe and Ito's, which the colour-blind tell apart
     "always": "#000000",
@@ -290,7 +293,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     """Draw what the complete runs allow; returns what was written, and what was left out and why.
 
     Args:
-        experiment, planned: as from skiprnn.experiments.
+        experiment, planned: as from skiprnn.papers.experiments.
         folder: of the experiment's table, below which the figures go; None: where skiprnn.tables puts it.
 
     Raises:

@@ -17,10 +17,12 @@ from typing import Any
 from hydra.utils import get_class
 from torch import Tensor
 
-from skiprnn import experiments, metrics, pretrained
-from skiprnn.config import ConfigError
-from skiprnn.recurrent import CLASSES, Recurrent
-from skiprnn.runs import RunFolder, read_checkpoint, write_atomically
+from skiprnn.model import pretrained
+from skiprnn.model.recurrent import CLASSES, Recurrent
+from skiprnn.papers import experiments
+from skiprnn.training import measures as metrics
+from skiprnn.training.config import ConfigError
+from skiprnn.training.folder import RunFolder, read_checkpoint, write_atomically
 
 FILE = f"model{pretrained.SUFFIX}"
 ABOUT = {

@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from skiprnn import experiments, tables, train
-from skiprnn.config import ConfigError, RunConfig
+from skiprnn import tables, train
 from skiprnn.data.base import DataError
-from skiprnn.experiments import PlannedRun
-from skiprnn.runs import duration
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import PlannedRun
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import duration
 
 ROWS_TOLD = 40  # more of them are summed up by data set and model
 ATTEMPTS = 3  # launches that bring no run further, before a sweep gives up

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
-from skiprnn import experiments
-from skiprnn.config import ConfigError, TrainingConfig
-from skiprnn.experiments import Experiment, PlannedRun
-from skiprnn.runs import MetricsFile, write_atomically
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import Experiment, PlannedRun
+from skiprnn.training.config import ConfigError, TrainingConfig
+from skiprnn.training.folder import MetricsFile, write_atomically
 
 MISSING = "–"
 CONFIDENCE = 0.95
@@ -215,7 +215,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     """Write table.md, .csv and .tex; returns the Markdown.
 
     Args:
-        experiment, planned: as from skiprnn.experiments.requested.
+        experiment, planned: as from skiprnn.papers.experiments.requested.
         folder: where; None: OUTPUT/tables/EXPERIMENT_PROFILE. If given, records and metrics per epoch are copied
             beside the table, after those that lie there already have been taken over.
 

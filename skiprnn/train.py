@@ -32,13 +32,11 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from skiprnn import config as configs
-from skiprnn import metrics, watch
-from skiprnn.config import ConfigError, RunConfig
 from skiprnn.data.base import DataError, SequenceData
-from skiprnn.module import DivergedError, SequenceModule
-from skiprnn.pack import PackCheckpointIO, PackedModule, PackKeeper, RunDivergedError
-from skiprnn.runs import (
+from skiprnn.training import config as configs
+from skiprnn.training import measures as metrics
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import (
     AtomicCheckpointIO,
     RunFolder,
     RunKeeper,
@@ -47,6 +45,9 @@ from skiprnn.runs import (
     provenance,
     read_checkpoint,
 )
+from skiprnn.training.module import DivergedError, SequenceModule
+from skiprnn.training.pack import PackCheckpointIO, PackedModule, PackKeeper, RunDivergedError
+from skiprnn.views import wandb_page as watch
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 USER_ERRORS = (ConfigError, DataError, DivergedError)  # one line says it all; everything else keeps its traceback
@@ -192,7 +193,7 @@ def train(run: RunConfig) -> dict[str, Any]:
 
 
 def train_packed(runs: Sequence[RunConfig]) -> None:
-    """Train several runs as one job, each as `train` would; the lagging ones first catch up. See skiprnn.pack.
+    """Train several runs as one job, each as `train` would; the lagging ones first catch up. See skiprnn.training.pack.
 
     Raises:
         ConfigError, DataError: something is missing or does not fit.

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from skiprnn import config
-from skiprnn.config import RunConfig
 from skiprnn.data.ucf101.store import appending
-from skiprnn.engines.native import operator
+from skiprnn.model.engines.native import operator
+from skiprnn.training import config
+from skiprnn.training.config import RunConfig
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 SMALL = [
@@ -61,7 +61,7 @@ def triton_kernels():
     One process holds the native engine and the interpreter, so that in the latter they stand in for the native ones.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
-    from skiprnn.engines.triton import operator as gpu
+    from skiprnn.model.engines.triton import operator as gpu
 
     interpreted = not torch.cuda.is_available()
     kernels = {operator.recurrence: gpu.forward, operator.recurrence_backward: gpu.backward}

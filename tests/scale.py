@@ -15,8 +15,9 @@ from pathlib import Path
 import hydra
 import numpy as np
 
-from skiprnn import dashboard, experiments, tables
-from skiprnn.experiments import PlannedRun
+from skiprnn import dashboard, tables
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import PlannedRun
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EPOCHS = 30

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from skiprnn.cells import CELLS, Cell, GRUCell, LSTMCell
+from skiprnn.model.cells import CELLS, Cell, GRUCell, LSTMCell
 
 B, I, H = 4, 3, 5  # noqa: E741
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import CONF, command, compose, make_small_ucf101
 
-from skiprnn import config, experiments, train
-from skiprnn.config import ConfigError, RunConfig
+from skiprnn import train
 from skiprnn.data.base import DataError
+from skiprnn.papers import experiments
+from skiprnn.training import config
+from skiprnn.training.config import ConfigError, RunConfig
 
 
 def names(group: str) -> list[str]:

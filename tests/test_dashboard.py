@@ -10,9 +10,10 @@ import pytest
 import scale
 from PIL import Image
 
-from skiprnn import dashboard, experiments
-from skiprnn.config import ConfigError
-from skiprnn.experiments import Experiment
+from skiprnn import dashboard
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import Experiment
+from skiprnn.training.config import ConfigError
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skiprnn import Recurrent, RecurrentState, SkipGRU, SkipLSTM, engines
-from skiprnn.engines.native import build, operator
-from skiprnn.policies import POLICIES
+from skiprnn import Recurrent, RecurrentState, SkipGRU, SkipLSTM
+from skiprnn.model import engines
+from skiprnn.model.engines.native import build, operator
+from skiprnn.model.policies import POLICIES
 
 requires_native = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
 

@@ -9,8 +9,10 @@ from conftest import SMALL
 from safetensors.torch import load_file, save_file
 
 import skiprnn
-from skiprnn import evaluate, pretrained, publish, runs, train
-from skiprnn.config import ConfigError
+from skiprnn import evaluate, publish, train
+from skiprnn.model import pretrained
+from skiprnn.training import folder as runs
+from skiprnn.training.config import ConfigError
 
 CLASSES = {
     "lstm": "LSTM",

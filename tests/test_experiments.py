@@ -13,9 +13,10 @@ import pytest
 from conftest import CONF, compose
 from omegaconf import OmegaConf
 
-from skiprnn import experiments, train
-from skiprnn.config import ConfigError
-from skiprnn.experiments import Experiment, PlannedRun, Row, _last_wins
+from skiprnn import train
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import Experiment, PlannedRun, Row, _last_wins
+from skiprnn.training.config import ConfigError
 
 PROFILE_FOLDER = Path(CONF, "profile")
 EXPERIMENTS = sorted(file.stem for file in experiments.FOLDER.glob("*.yaml"))

@@ -11,9 +11,12 @@ from conftest import SMALL, compose, make_small_ucf101
 from matplotlib.colors import to_rgb
 from test_data_ucf101 import film
 
-from skiprnn import config, experiments, figures, train, usage
-from skiprnn.config import ConfigError
+from skiprnn import figures, train
 from skiprnn.data.base import MIRROR
+from skiprnn.papers import experiments
+from skiprnn.training import config
+from skiprnn.training.config import ConfigError
+from skiprnn.views import samples as usage
 
 RED, BLUE = np.array(to_rgb(usage.USED)), np.array(to_rgb(usage.SKIPPED))
 

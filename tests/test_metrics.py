@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skiprnn import GRU, LSTM, SAGRU, SALSTM, RandomSkipGRU, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
-from skiprnn.metrics import EpochSums, inference_flops, score, state_updates, task_loss
+from skiprnn.training.measures import EpochSums, inference_flops, score, state_updates, task_loss
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,9 @@ import pytest
 from conftest import SMALL, command
 from test_runs import assert_same_outcome
 
-from skiprnn import runs, train
-from skiprnn.module import DivergedError
+from skiprnn import train
+from skiprnn.training import folder as runs
+from skiprnn.training.module import DivergedError
 
 MODELS = {
     "skip": ["model=skip_lstm", "model.cost_per_sample=1e-3"],

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from skiprnn import Recurrent, SkipGRU, SkipLSTM
-from skiprnn.cells import CELLS
-from skiprnn.policies import (
+from skiprnn.model.cells import CELLS
+from skiprnn.model.policies import (
     RandomNeurons,
     RandomSteps,
     Selective,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skiprnn import experiments
+from skiprnn.papers import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

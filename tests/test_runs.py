@@ -9,14 +9,17 @@ import pytest
 import torch
 from conftest import SMALL, command
 
-from skiprnn import runs, train
-from skiprnn.config import ConfigError
-from skiprnn.module import DivergedError, SequenceModule
+from skiprnn import train
+from skiprnn.training import folder as runs
+from skiprnn.training.config import ConfigError
+from skiprnn.training.module import DivergedError, SequenceModule
 
 # Runs training in a process that is killed in the middle of writing a file for the n-th time, or in the n-th step.
 KILLED_RUN = """
 import os, signal, sys
-from skiprnn import module, runs, train
+from skiprnn import train
+from skiprnn.training import module
+from skiprnn.training import folder as runs
 
 what, count = sys.argv.pop(1), int(sys.argv.pop(1))
 calls = 0
@@ -114,12 +117,13 @@ def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, 
         git("commit", "--allow-empty", "-m", "while it runs")
         return validate(self, *arguments)
 
+    (tmp_path / "skiprnn" / "training").mkdir(parents=True)
     git("init")
     git("commit", "--allow-empty", "-m", "before")
     before = git("rev-parse", "HEAD")
     validate = SequenceModule.validation_step
     monkeypatch.setattr(SequenceModule, "validation_step", commit_and_validate)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "training" / "folder.py"))
     runs.code_version.cache_clear()
     try:
         record = train.train(small_run("training.epochs=1"))
@@ -156,10 +160,10 @@ def test_untracked_code_and_settings_count_as_changes(file, dirty, tmp_path, mon
     subprocess.run(["git", "init", tmp_path], capture_output=True, check=True)
     commit = ["-c", "user.name=test", "-c", "user.email=test", "commit", "--allow-empty", "-m", "code"]
     subprocess.run(["git", "-C", tmp_path, *commit], capture_output=True, check=True)
-    for path in ("skiprnn", "conf/model"):
+    for path in ("skiprnn/training", "conf/model"):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / file).write_text("new")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "training" / "folder.py"))
     runs.code_version.cache_clear()
     try:
         version = runs.code_version()

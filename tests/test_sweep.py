@@ -15,8 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from hydra_plugins.skiprnn_submitit import SubmititLauncher
-from skiprnn import config, experiments, sweep, train
-from skiprnn.config import ConfigError
+from skiprnn import sweep, train
+from skiprnn.papers import experiments
+from skiprnn.training import config
+from skiprnn.training.config import ConfigError
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
 

@@ -11,9 +11,11 @@ from conftest import compose, make_small_ucf101
 from scipy.stats import ttest_ind
 from test_experiments import TABLE_1, plan
 
-from skiprnn import Recurrent, experiments, metrics, tables, train
+from skiprnn import Recurrent, tables, train
 from skiprnn.data.ucf101 import cnn_flops
-from skiprnn.experiments import Experiment, PlannedRun, Row
+from skiprnn.papers import experiments
+from skiprnn.papers.experiments import Experiment, PlannedRun, Row
+from skiprnn.training import measures as metrics
 
 
 @pytest.fixture

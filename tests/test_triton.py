@@ -8,12 +8,13 @@ import torch
 from conftest import triton_kernels
 from test_engines import assert_equal, network, random_state, results
 
-from skiprnn import LSTM, RecurrentState, SkipLSTM, engines
-from skiprnn.engines import triton
-from skiprnn.policies import POLICIES
+from skiprnn import LSTM, RecurrentState, SkipLSTM
+from skiprnn.model import engines
+from skiprnn.model.engines import triton
+from skiprnn.model.policies import POLICIES
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from skiprnn.engines.triton import operator as gpu
+from skiprnn.model.engines.triton import operator as gpu
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, TOLERANCE = ("cuda", torch.float32, 1e-3) if ON_GPU else ("cpu", torch.float64, 1e-10)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from skiprnn import train, watch
-from skiprnn.config import ConfigError
-from skiprnn.runs import RunFolder, RunKeeper
+from skiprnn import train
+from skiprnn.training.config import ConfigError
+from skiprnn.training.folder import RunFolder, RunKeeper
+from skiprnn.views import wandb_page as watch
 
 BLOCK = 32768  # of a .wandb file, which is a LevelDB log
 

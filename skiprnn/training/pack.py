@@ -15,9 +15,9 @@ import pytorch_lightning as lightning
 import torch
 from torch import Tensor
 
-from skiprnn import engines
-from skiprnn.module import DivergedError, SequenceModule
-from skiprnn.runs import AtomicCheckpointIO, RunKeeper, read_checkpoint
+from skiprnn.model import engines
+from skiprnn.training.folder import AtomicCheckpointIO, RunKeeper, read_checkpoint
+from skiprnn.training.module import DivergedError, SequenceModule
 
 
 class RunDivergedError(DivergedError):

@@ -23,7 +23,6 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 
-from skiprnn.config import ConfigError
 from skiprnn.data.adding import Adding
 from skiprnn.data.base import MIRROR, SequenceData, Split, StoredData
 from skiprnn.data.frequency import FrequencyDiscrimination
@@ -31,8 +30,9 @@ from skiprnn.data.imdb import CLASSES, PADDING, IMDb
 from skiprnn.data.ucf101 import UCF101
 from skiprnn.data.ucf101.extract import sample_frames
 from skiprnn.data.ucf101.store import FPS
-from skiprnn.metrics import state_updates
-from skiprnn.module import SequenceModule
+from skiprnn.training.config import ConfigError
+from skiprnn.training.measures import state_updates
+from skiprnn.training.module import SequenceModule
 
 WIDTH = 3.3  # inches, a column
 USED, SKIPPED = "#b2182b", "#2166ac"  # the papers' red and blue, in shades that the colour-blind tell apart
@@ -111,7 +111,7 @@ def usage(module: SequenceModule) -> Figure:
         return images(module)
     if data.input_size <= 2:
         return samples(module)
-    raise ConfigError(f"there is no picture of {type(data).__name__} yet: write one in skiprnn/usage.py")
+    raise ConfigError(f"there is no picture of {type(data).__name__} yet: write one in skiprnn/views/samples.py")
 
 
 def _legend(figure: Figure, *more: Line2D) -> None:

@@ -10,8 +10,8 @@ import pytorch_lightning as lightning
 from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from skiprnn.config import ConfigError, RunConfig
-from skiprnn.runs import RunFolder, write_atomically
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder, write_atomically
 
 
 class UsagePictures(lightning.Callback):
@@ -28,7 +28,7 @@ class UsagePictures(lightning.Callback):
         self.folder, self.every = folder, -(-folder.run.training.epochs // pictures)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        from skiprnn import usage  # here, for it needs matplotlib
+        from skiprnn.views import samples as usage  # here, for it needs matplotlib
 
         draw = {"skip": usage.usage, "selective": usage.neurons}.get(self.folder.run.model.policy)
         epoch = trainer.current_epoch

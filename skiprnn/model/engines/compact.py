@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skiprnn.cells import Cell, State
-from skiprnn.policies import Gate, Policy, RandomSteps, Skip, StepPolicy
+from skiprnn.model.cells import Cell, State
+from skiprnn.model.policies import Gate, Policy, RandomSteps, Skip, StepPolicy
 
 
 def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:

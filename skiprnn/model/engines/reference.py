@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from skiprnn.cells import Cell, State
-from skiprnn.policies import Gate, NeuronPolicy, Policy, StepPolicy, straight_through_round
+from skiprnn.model.cells import Cell, State
+from skiprnn.model.policies import Gate, NeuronPolicy, Policy, StepPolicy, straight_through_round
 
 
 def run(

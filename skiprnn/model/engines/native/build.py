@@ -1,7 +1,7 @@
 """Compiles the native engine on first use, for the vectors this processor has, and keeps it in the user's cache.
 
-SKIPRNN_CACHE names the cache folder (~/.cache/skiprnn), CXX the compiler; `python -m skiprnn.engines.native` builds it
-ahead of its first use.
+SKIPRNN_CACHE names the cache folder (~/.cache/skiprnn), CXX the compiler; `python -m skiprnn.model.engines.native`
+builds it ahead of its first use.
 """
 
 import ctypes

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from skiprnn.cells import Cell
-from skiprnn.engines import compact, native, reference, triton
-from skiprnn.policies import Policy
+from skiprnn.model.cells import Cell
+from skiprnn.model.engines import compact, native, reference, triton
+from skiprnn.model.policies import Policy
 
 ENGINES: dict[str, Callable] = {
     "reference": reference.run,

@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from skiprnn.cells import Cell, LSTMCell, State
-from skiprnn.engines.native import POLICY_NAMES
-from skiprnn.policies import Gate, Policy, RandomNeurons, Selective, Skip
+from skiprnn.model.cells import Cell, LSTMCell, State
+from skiprnn.model.engines.native import POLICY_NAMES
+from skiprnn.model.policies import Gate, Policy, RandomNeurons, Selective, Skip
 
 LARGEST = 512  # units: beyond that a tile of rows leaves the chip too often
 
@@ -96,8 +96,8 @@ def _coordinator(policy: Policy, layer: int) -> list[Tensor]:
 
 def _run_layers(runs: Sequence[Run], policy_weights: Sequence[list[Tensor]]) -> list[Result]:
     """The operator on all runs' tensors, stacked (R, ...)."""
-    import skiprnn.engines.triton.operator  # noqa: F401  (registers the kernels; here, for not everybody has Triton)
-    from skiprnn.engines.native.operator import apply, split_states
+    import skiprnn.model.engines.triton.operator  # noqa: F401  (registers the kernels; here, for not everybody has Triton)
+    from skiprnn.model.engines.native.operator import apply, split_states
 
     def stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         return [torch.stack(list(tensors)) for tensors in zip(*lists, strict=True)]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skiprnn.policies import StepPolicy
-from skiprnn.recurrent import Recurrent
+from skiprnn.model.policies import StepPolicy
+from skiprnn.model.recurrent import Recurrent
 
 
 def state_updates(updates: Tensor) -> Tensor:

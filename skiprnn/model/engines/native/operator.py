@@ -11,7 +11,7 @@ from ctypes import Structure, byref, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from skiprnn.engines.native import build, memory
+from skiprnn.model.engines.native import build, memory
 
 CELLS = {"lstm": (4, 2), "gru": (3, 1)}  # G, K; in the order of the C++ enumeration
 POLICIES = ("always", "random_steps", "skip", "random_neurons", "selective")  # likewise
@@ -186,7 +186,7 @@ recurrence = torch.library.custom_op("skiprnn::recurrence", _compute, mutates_ar
 @recurrence.register_fake
 def _(cell, policy, x, states, weights, gate, policy_weights, draw, lengths, save):
     if x.dim() == 4:  # packed runs, on a GPU
-        from skiprnn.engines.triton.operator import shapes
+        from skiprnn.model.engines.triton.operator import shapes
     else:
         shapes = _shapes
     return tuple(x.new_empty(shape) for shape in shapes(cell, policy, x, states, save))

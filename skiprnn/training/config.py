@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from skiprnn.cells import CELLS
-from skiprnn.engines import ENGINES
-from skiprnn.policies import POLICIES
+from skiprnn.model.cells import CELLS
+from skiprnn.model.engines import ENGINES
+from skiprnn.model.policies import POLICIES
 
 
 class ConfigError(ValueError):

@@ -17,11 +17,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from skiprnn import config as configs
-from skiprnn.config import ConfigError, RunConfig
-from skiprnn.runs import RunFolder, write_atomically
+from skiprnn.training import config as configs
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder, write_atomically
 
-FOLDER = Path(__file__).resolve().parent.parent / "experiments"
+FOLDER = Path(__file__).resolve().parents[2] / "experiments"
 CONF = FOLDER.with_name("conf")
 HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
 COLUMNS = ("accuracy", "state_updates", "inference_flops")

@@ -31,8 +31,9 @@ from filelock import FileLock, Timeout
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import TorchCheckpointIO
 
-from skiprnn import metrics, pretrained
-from skiprnn.config import ConfigError, RunConfig
+from skiprnn.model import pretrained
+from skiprnn.training import measures as metrics
+from skiprnn.training.config import ConfigError, RunConfig
 
 RECORDED_PACKAGES = ("skiprnn", "torch", "pytorch-lightning", "numpy")
 
@@ -305,7 +306,7 @@ def duration(seconds: float) -> str:
 def code_version() -> dict[str, Any] | None:
     """The git commit, and whether files differ from it, when this process first asked: what is committed later is not
     what it runs. Untracked files count where code and settings are. None outside a repository."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder.parent), *arguments]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skiprnn.policies import Always, Skip
+from skiprnn.model.policies import Always, Skip
 
 HORIZON = 10_000  # samples looked ahead: a gate near 0 would skip for ever
 

@@ -11,10 +11,10 @@ import pytorch_lightning as lightning
 import torch
 from torch import Tensor, nn
 
-from skiprnn import metrics
-from skiprnn.config import ModelConfig, RunConfig
 from skiprnn.data.base import SequenceData
-from skiprnn.recurrent import Recurrent, RecurrentState
+from skiprnn.model.recurrent import Recurrent, RecurrentState
+from skiprnn.training import measures as metrics
+from skiprnn.training.config import ModelConfig, RunConfig
 
 
 class DivergedError(RuntimeError):

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.engines.native.operator import (
+from skiprnn.model.engines.native.operator import (
     CELLS,
     NEURON_POLICIES,
     WEIGHTS,
@@ -18,7 +18,7 @@ from skiprnn.engines.native.operator import (
     recurrence,
     recurrence_backward,
 )
-from skiprnn.engines.triton import kernels
+from skiprnn.model.engines.triton import kernels
 
 TILE = 16  # rows of a program: the least that a matrix instruction takes
 BLOCK = 32  # columns of a state that are computed at once, where states and weights pass through memory

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skiprnn.cells import Cell
+from skiprnn.model.cells import Cell
 
 Gate = tuple[Tensor, ...]  # what a step policy carries from step to step; (B, 1) each
 

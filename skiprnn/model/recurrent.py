@@ -11,10 +11,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from skiprnn import engines, pretrained
-from skiprnn.cells import CELLS, Cell, State
-from skiprnn.policies import Policy, StepPolicy, make_policy
-from skiprnn.stream import Stream
+from skiprnn.model import engines, pretrained
+from skiprnn.model.cells import CELLS, Cell, State
+from skiprnn.model.policies import Policy, StepPolicy, make_policy
+from skiprnn.model.stream import Stream
 
 
 class RecurrentState(NamedTuple):
@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
         layer_norm: normalise each gate's pre-activation.
         learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
         p_skip: probability of skipping, for the two random policies only.
-        engine: who runs the time loop, see skiprnn.engines; "auto" takes the fastest that serves.
+        engine: who runs the time loop, see skiprnn.model.engines; "auto" takes the fastest that serves.
 
     Raises:
         ValueError: an unknown name, a size below 1, p_skip out of [0, 1] or where it does not belong.

@@ -1,6 +1,6 @@
 """Compile the native engine ahead of its first use, as `make install` does."""
 
-from skiprnn.engines.native import build
+from skiprnn.model.engines.native import build
 
 if __name__ == "__main__":
     if build.available():

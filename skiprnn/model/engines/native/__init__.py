@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skiprnn.cells import Cell, LSTMCell, State
-from skiprnn.engines.native import build
-from skiprnn.policies import Always, Gate, Policy, RandomNeurons, RandomSteps, Selective, Skip
+from skiprnn.model.cells import Cell, LSTMCell, State
+from skiprnn.model.engines.native import build
+from skiprnn.model.policies import Always, Gate, Policy, RandomNeurons, RandomSteps, Selective, Skip
 
 POLICY_NAMES: dict[type, str] = {
     Always: "always",
@@ -64,7 +64,7 @@ def run(
 
 
 def _run_layers(cells, policy, policy_weights, x, states, gate, draw, lengths):
-    from skiprnn.engines.native.operator import apply, split_states
+    from skiprnn.model.engines.native.operator import apply, split_states
 
     flat_states = [entry for state in states for entry in state]
     weights = [weight for cell in cells for weight in (cell.weight_ih, cell.weight_hh, cell.bias)]

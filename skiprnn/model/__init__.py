@@ -1,0 +1,1 @@
+"""Cells × update policies, and the engines that run the time loop. Needs torch alone."""

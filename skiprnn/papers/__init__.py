@@ -1,0 +1,1 @@
+"""A table = rows × seeds → runs → records → statistics → text."""

@@ -1,0 +1,1 @@
+"""One run: its config, network, measures, training loop, folder."""
