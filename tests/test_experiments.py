@@ -166,6 +166,7 @@ def test_the_paper_profile_is_the_published_protocol():
             "gradient_clip": 1.0,
             "cost_free_epochs": 0,
             "decay_epochs": 0,
+            "warmup_epochs": 0,
             "train_batches": None,
             "evaluation_batches": None,
         }
