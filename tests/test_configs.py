@@ -13,7 +13,7 @@ from skiprnn.data.base import DataError
 from skiprnn.papers import experiments
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import RunFolder
+from skiprnn.training.folder import RunFolder, read_record
 from skiprnn.training.job import make_data, make_module
 from skiprnn.training.module import SideBySide
 
@@ -126,15 +126,14 @@ def test_bad_settings_are_named(overrides, message):
 RECORDS = sorted(Path(CONF).parent.glob("results/**/*.json"))
 
 
-def test_every_published_record_still_has_its_hash():
-    records = [json.loads(file.read_text()) for file in RECORDS]
-    hashes = {
-        record["name"]: (record["hash"], RunConfig.of(record["config"]).hash)
-        for record in records
-        if "config" in record
-    }
-    assert len(hashes) > 200
+def test_every_published_record_still_has_its_hash_and_task():
+    records = {file: json.loads(file.read_text()) for file in RECORDS}
+    runs = {file: RunConfig.of(record["config"]) for file, record in records.items() if "config" in record}
+    assert len(runs) > 200
+    hashes = {record["name"]: (record["hash"], runs[file].hash) for file, record in records.items() if file in runs}
     assert [name for name, (published, now) in hashes.items() if now != published] == []
+    tasks = {str(file): (read_record(file, run)["task"], make_data(run).task) for file, run in runs.items()}
+    assert [file for file, (recorded, task) in tasks.items() if recorded != task] == []
 
 
 def test_a_later_option_is_part_of_what_a_run_is_unless_it_stands_at_its_default():

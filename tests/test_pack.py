@@ -116,3 +116,10 @@ def test_a_sweep_packs_the_seeds_of_a_row(tmp_path):
     assert done.returncode == 0, done.stderr
     packs = sorted(record.read_text().count('"pack": 2') for record in tmp_path.rglob("record.json"))
     assert packs == [0, 1, 1]
+
+
+def test_without_a_sweep_there_is_one_run(tmp_path):
+    done = command("pack=2", "seed=7", *SMALL, *SHORT, "training.epochs=1", f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.rglob("record.json")
+    assert record.parent.name.startswith("seed7_")
