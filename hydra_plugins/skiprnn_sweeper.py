@@ -18,7 +18,7 @@ class ExperimentSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         import torch
 
-        from skiprnn import sweep
+        from skiprnn.papers import sweep
 
         assert self.hydra_context is not None
         assert self.launcher is not None

@@ -85,7 +85,7 @@ def main(runs: int) -> None:
             experiment = experiments.Experiment("", "", "", ())
             tables.layout(experiment, tables.rows(experiment, planned))
         with told("page"):
-            html = dashboard.page(Path(folder))
+            html = dashboard.page(Path(folder), print)
         print(f"the page has {len(html) / 1e6:.1f} MB")
 
 

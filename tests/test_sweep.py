@@ -15,9 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from hydra_plugins.skiprnn_submitit import SubmititLauncher
-from skiprnn import sweep, train
-from skiprnn.papers import experiments
-from skiprnn.training import config
+from skiprnn import sweep as all_tables
+from skiprnn.papers import experiments, sweep
+from skiprnn.training import config, job
 from skiprnn.training.config import ConfigError
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
@@ -26,16 +26,17 @@ SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "see
 KILLED_SWEEP = """
 import os, signal, sys
 from skiprnn import train
+from skiprnn.training import job
 
 count = int(sys.argv.pop(1))
-make_trainer = train.make_trainer
+make_trainer = job.make_trainer
 def killed(*arguments):
     global count
     count -= 1
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return make_trainer(*arguments)
-train.make_trainer = killed
+job.make_trainer = killed
 train.main()
 """
 
@@ -58,13 +59,16 @@ def test_killed_sweep_continues_with_what_is_incomplete(tmp_path):
 
 
 def test_failed_run_is_reported_at_the_end_and_the_others_finish(tmp_path):
-    rates = "training.learning_rate=1e30,1e-3"
-    done = command("-m", rates, *SMALL, "training.epochs=1", f"output={tmp_path}")
-    assert done.returncode == 1
-    assert "error: 1 of 2 runs failed:" in done.stderr
-    assert "lower training.learning_rate" in done.stderr
-    assert len(list(tmp_path.rglob("record.json"))) == 1
-    assert len(list(tmp_path.rglob("failed.json"))) == 1
+    rates = ["-m", "training.learning_rate=1e30,1e-3", *SMALL, "training.epochs=1", f"output={tmp_path}"]
+    for todo in (2, 0):  # a run that diverged is done, and not forgotten
+        done = command(*rates)
+        assert done.returncode == 1
+        assert f"{todo} of 2 runs to do" in done.stdout
+        assert "error: 1 of 2 runs failed:" in done.stderr
+        assert "lower training.learning_rate" in done.stderr
+        assert "failed.json to try again" in done.stderr
+        assert len(list(tmp_path.rglob("record.json"))) == 1
+        assert len(list(tmp_path.rglob("failed.json"))) == 1
 
 
 def test_experiment_in_two_processes_ends_in_its_table(tmp_path):
@@ -100,10 +104,10 @@ def test_all_tables_are_tried_and_what_is_missing_is_told(failing, status, tmp_p
         started.append(arguments[4:])
         return CompletedProcess(arguments, int(f"experiment={failing}" in arguments))
 
-    monkeypatch.setattr(sweep.experiments, "published", lambda: ALL)
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(all_tables.experiments, "published", lambda: ALL)
+    monkeypatch.setattr(all_tables.subprocess, "run", run)
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(["smoke", "rows=[1]", f"data_root={tmp_path}", "hydra/launcher=processes"])
+        all_tables.main(["smoke", "rows=[1]", f"data_root={tmp_path}", "hydra/launcher=processes"])
     assert stopped.value.code == status
     assert [arguments[:3] for arguments in started] == [
         [f"experiment={name}", f"data={name}", f"profile={name}/smoke"] for name in ("adding", "frequency")
@@ -124,9 +128,9 @@ def test_all_tables_are_tried_and_what_is_missing_is_told(failing, status, tmp_p
     ],
 )
 def test_bad_input_to_all_tables_gets_one_line(arguments, message, monkeypatch):
-    monkeypatch.setattr(sweep.experiments, "published", lambda: ALL)
+    monkeypatch.setattr(all_tables.experiments, "published", lambda: ALL)
     with pytest.raises(SystemExit, match=message):
-        sweep.main(arguments)
+        all_tables.main(arguments)
 
 
 # Python runs this when a process starts: the first ones to write a checkpoint get SIGNALS, one each.
@@ -188,7 +192,7 @@ def test_interrupted_by_its_user(options, tmp_path):
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # however the tests were started
     stopped = command(*arguments, env=environment, preexec_fn=listening)
     assert stopped.returncode == 1
-    assert stopped.stderr.splitlines()[-1] == train.INTERRUPTED, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == job.INTERRUPTED, stopped.stderr
     assert command(*arguments).returncode == 0
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2 if "-m" in options else 1, epochs=3)
 
@@ -222,7 +226,7 @@ def test_sweep_gives_up_when_no_run_gets_further(tmp_path):
         launches.append(jobs)
         raise BrokenExecutor("a worker died\nsomewhere")
 
-    assert sweep.launch_all(todo, launch) == [f"  {todo[0].run.name}: a worker died"]
+    assert sweep.launch_all(todo, launch) == {todo[0].run.name: "a worker died"}
     assert len(launches) == sweep.ATTEMPTS
 
 
@@ -236,10 +240,10 @@ def test_sweep_starts_again_with_what_is_left(tmp_path):
             return [JobReturn(status=JobStatus.COMPLETED)]
         (one,) = [one for one in todo if sweep.overrides([one]) == jobs[0]]
         one.folder.path.mkdir(parents=True)
-        one.folder.finish({})
+        one.folder.finish({epoch: {"test": {}} for epoch in ("best", "final")})
         raise BrokenExecutor("a worker died")
 
-    assert sweep.launch_all(todo, launch) == []
+    assert sweep.launch_all(todo, launch) == {}
     assert launches == [5, 4, 3, 2, 1]
 
 
@@ -291,7 +295,7 @@ def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
         experiments.save_plan(None, "seed=0,3 threads=1", planned)
-    (saved,) = experiments.saved_plans(tmp_path)
+    (saved,) = experiments.saved_plans(tmp_path, print)
     assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
@@ -327,13 +331,13 @@ def test_unknown_setting_of_submitit():
 
 
 def test_processes_take_turns_over_the_gpus(monkeypatch):
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(job.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(job.torch.cuda, "device_count", lambda: 2)
     (planned,) = planned_runs("device=auto")
     devices = []
     for name in ("MainProcess", "LokyProcess-1", "LokyProcess-2", "LokyProcess-3"):
         monkeypatch.setattr(multiprocessing.current_process(), "name", name)
-        devices.append(str(train.device_of(planned.run)))
+        devices.append(str(job.device_of(planned.run)))
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import compose, make_small_ucf101
+from conftest import compose, make_small_ucf101, trained
 from scipy.stats import ttest_ind
 from test_experiments import TABLE_1, plan
 
-from skiprnn import Recurrent, tables, train
+from skiprnn import Recurrent, tables
 from skiprnn.data.ucf101 import cnn_flops
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import Experiment, PlannedRun, Row
 from skiprnn.training import measures as metrics
+from skiprnn.training.job import make_data
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_a_task_is_solved_if_it_is_in_all_runs(tmp_path):
 def test_the_criterion_is_the_papers(data, solved_at):
     """A hundredth of the variance 1/6 of a sum of two values that are uniform on a unit interval; over 99 %."""
     run = experiments.configs.read(compose([f"data={data}"]))
-    assert train.make_data(run).solved_at == pytest.approx(solved_at)
+    assert make_data(run).solved_at == pytest.approx(solved_at)
 
 
 def test_the_last_epoch_stands_beside_the_best_and_is_compared_with_the_same_published_number(tmp_path):
@@ -249,7 +250,7 @@ def test_the_last_epoch_stands_beside_the_best_and_is_compared_with_the_same_pub
 
 
 def test_accuracy_solves_from_above():
-    record = {"best": {"test": {"accuracy": 0.985}}, "solved_at": 0.99}
+    record = {"task": "classification", "best": {"test": {"accuracy": 0.985}}, "solved_at": 0.99}
     assert tables.measured(record, "task_solved") == 0
     record["best"]["test"]["accuracy"] = 0.995
     assert tables.measured(record, "task_solved") == 1
@@ -380,6 +381,14 @@ def test_the_command_prints_and_writes_the_table(planned, tmp_path, capsys):
     assert record["best"]["test"]["state_updates"] == 784.0
 
 
+def test_a_damaged_record_is_told_and_the_table_is_made_without_it(planned, tmp_path, capsys):
+    finish_row(planned, "LSTM", (0.90, 0.92), (784.0,) * 2, (3.829e7,) * 2)
+    planned[0].folder.record_file.write_text("{}")
+    with pytest.raises(SystemExit, match=rf"error: {planned[0].folder.record_file} is damaged; delete it"):
+        tables.main(["experiment=table1", "profile=mnist/paper", f"output={tmp_path}"])
+    assert cells(capsys.readouterr().out)["LSTM"]["Runs"] == "1 / 4"
+
+
 def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     """One machine publishes a seed of each of two rows; another has a third run, and continues the table."""
     here, there = tmp_path, tmp_path / "elsewhere"
@@ -405,16 +414,23 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     assert "0,0.90" in (elsewhere[0].folder.path / "metrics.csv").read_text(), "its curves would lack it"
     assert gru.complete
     assert not any(file.exists() for file in begun), "the attempt would pass for what was published"
+    (aside,) = gru.path.glob("begun_*")
+    assert {file.name: file.read_text() for file in aside.iterdir()} == dict.fromkeys(
+        ("last.ckpt", "best.ckpt", "metrics.csv"), "of an attempt that was stopped"
+    )
     assert len(list((tmp_path / "published").rglob("*.json"))) == 3
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"config": {"seed": 7}}'])
+ANOTHERS = json.dumps({"config": {"seed": 7}} | {key: {"test": {"accuracy": 1.0}} for key in ("best", "final")})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", ANOTHERS])
 def test_a_published_record_of_another_run_is_refused(planned, tmp_path, content):
     file = tmp_path / "published" / "records" / f"{planned[0].run.name}.json"
     file.parent.mkdir(parents=True)
     file.write_text(content)
     command = ["experiment=table1", "profile=mnist/paper", f"output={tmp_path}", f"publish={tmp_path / 'published'}"]
-    with pytest.raises(SystemExit, match=r"error: .*\.json is corrupt, or the record of another run; delete it"):
+    with pytest.raises(SystemExit, match=r"error: .*\.json is (damaged|the record of another run); delete it"):
         tables.main(command)
     assert not planned[0].folder.complete
 
@@ -446,7 +462,7 @@ def test_a_smoke_test_of_every_row_ends_in_the_table(name, tmp_path):
     overrides += ["training.evaluation_batches=1", f"output={tmp_path}", f"data_root={tmp_path}", "threads=1"]
     experiment, planned, _ = experiments.requested(overrides)
     for one in planned:
-        train.train(one.run)
+        trained(one.run)
     markdown, _, numbers = publish(planned, experiment)
     assert list(numbers.model) == [row.label for row in experiment.rows]
     assert set(numbers.runs_done) == {1}
