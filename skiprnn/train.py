@@ -9,7 +9,9 @@ The only place that instantiates from a config. See conf/README.md.
 
 import logging
 import multiprocessing
+import os
 import re
+import socket
 import sys
 import time
 import warnings
@@ -58,8 +60,14 @@ def device_of(run: RunConfig) -> torch.device:
     """The device that `device` stands for.
 
     Raises:
-        ConfigError: cuda without a GPU.
+        ConfigError: cuda without a GPU; or SLURM gave one, and torch does not see it: no weeks on a CPU then.
     """
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    if given and run.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{socket.gethostname()}: the job has a GPU and torch {torch.__version__} sees none; "
+            "hydra.launcher.gpus_per_node=0 trains on CPUs"
+        )
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
     if run.device == "cpu" or not torch.cuda.is_available():
@@ -73,8 +81,8 @@ def prepare_process(run: RunConfig) -> None:
     slow beyond measure on a CPU."""
     code_version()  # asked before the run, not after it
     torch.set_flush_denormal(True)
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    if threads := run.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
+        torch.set_num_threads(threads)
 
 
 def make_data(run: RunConfig) -> SequenceData:
@@ -338,7 +346,7 @@ def seconds_per_epoch(run: RunConfig, batches: int = 2) -> float:
 def quieten() -> None:
     """Lightning's remarks on its own set-up say nothing to our users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")

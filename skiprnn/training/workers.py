@@ -1,0 +1,138 @@
+"""Where the runs of a sweep are trained: on this machine, in one process or several. On a cluster: see cluster."""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from joblib import Parallel, delayed, effective_n_jobs
+
+from skiprnn import train
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder
+
+ATTEMPTS = 3  # launches that bring no run further, before it is given up
+
+Packs = list[list[RunConfig]]  # jobs: runs that are trained side by side
+
+
+class Place(Protocol):
+    """Somewhere to train runs."""
+
+    workers: int  # jobs that run at once
+    here: bool  # on this machine, so that an epoch can be timed on it
+    gpu: bool  # jobs have a GPU
+
+    def train(self, packs: Packs) -> dict[str, str] | None:
+        """Train runs to their end.
+
+        Returns:
+            Why runs failed, by their names; None if they were only submitted.
+        """
+
+
+def packed(runs: Sequence[RunConfig], gpu: bool) -> Packs:
+    """Seeds of a row side by side: as many as `pack` says or, on a GPU, all of them.
+
+    A process has one wandb page at a time: runs with a page are alone.
+    """
+    jobs: Packs = []
+    latest: dict[str, list[RunConfig]] = {}  # the job of each row that may take another run
+    for run in runs:
+        size = 1 if "wandb" in run.logger else run.pack or (len(runs) if gpu and run.device != "cpu" else 1)
+        row = repr(replace(run, seed=0))
+        if row not in latest or len(latest[row]) >= size:
+            latest[row] = []
+            jobs.append(latest[row])
+        latest[row].append(run)
+    return jobs
+
+
+def attempt(runs: Sequence[RunConfig]) -> dict[str, str]:
+    """Train runs side by side; what fails is said in their folders.
+
+    Returns:
+        Why runs failed, by their names.
+    """
+    train.quieten()
+    try:
+        if len(runs) == 1:
+            train.train(runs[0])
+        else:
+            train.train_packed(runs)
+    except Exception as error:
+        if not isinstance(error, train.USER_ERRORS):
+            traceback.print_exc()
+        for folder in map(RunFolder, runs):
+            if not folder.complete and not folder.failure_file.exists():
+                folder.fail(error)
+        return {run.name: str(error) for run in runs if not RunFolder(run).complete}
+    return {}
+
+
+def attempt_in_worker(runs: Sequence[RunConfig]) -> dict[str, str]:
+    """The same in a process that ends with the one that started it, however that ends."""
+    if not any(thread.name == "parent" for thread in threading.enumerate()):
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+    return attempt(runs)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)  # files are written whole or not at all
+
+
+class Here:
+    """This machine.
+
+    Args:
+        n_jobs: processes; 1: this one; -1: one per core.
+    """
+
+    here = True
+
+    def __init__(self, n_jobs: int = 1):
+        try:
+            self.workers = effective_n_jobs(n_jobs)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"hydra.launcher.n_jobs={n_jobs}: a number of processes, or -1 for one per core"
+            ) from None
+        self.gpu = torch.cuda.is_available()
+
+    def train(self, packs: Packs) -> dict[str, str]:
+        """See Place. When a process is killed, all stop, and start anew with what is left, where each run continues."""
+        if self.workers == 1:
+            return {name: reason for pack in packs for name, reason in attempt(pack).items()}
+        failures: dict[str, str] = {}
+        attempts = 0
+        while packs and attempts < ATTEMPTS:
+            before = progress(packs)
+            try:
+                for found in Parallel(self.workers, batch_size=1)(map(delayed(attempt_in_worker), packs)):
+                    failures |= found
+                return failures
+            except BrokenExecutor as error:
+                reason = str(error).splitlines()[0]
+            attempts = 0 if progress(packs) != before else attempts + 1
+            packs = unfinished(packs)
+            print(f"a process was killed; {sum(map(len, packs))} runs are left, and continue", flush=True)
+        return failures | {run.name: reason for pack in packs for run in pack}
+
+
+def unfinished(packs: Packs) -> Packs:
+    """What is not complete."""
+    left = [[run for run in pack if not RunFolder(run).complete] for pack in packs]
+    return [pack for pack in left if pack]
+
+
+def progress(packs: Packs) -> list[tuple[bool, int]]:
+    """Something that changes when a run gets further."""
+    folders = [RunFolder(run) for pack in packs for run in pack]
+    return [(one.complete, one.last.stat().st_mtime_ns if one.last.exists() else 0) for one in folders]
