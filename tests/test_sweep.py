@@ -6,19 +6,19 @@ import os
 import signal
 from concurrent.futures import BrokenExecutor
 from functools import partial
+from pathlib import Path
 from subprocess import CompletedProcess
 
+import hydra
 import pytest
 from conftest import SMALL, command, compose
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
-from hydra_plugins.skiprnn_submitit import SubmititLauncher
 from skiprnn import sweep, train
 from skiprnn.papers import experiments
-from skiprnn.training import config
+from skiprnn.training import cluster, config, workers
 from skiprnn.training.config import ConfigError
+from skiprnn.training.folder import RunFolder
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
 
@@ -201,7 +201,7 @@ def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
     done = command(*arguments, *launcher, env=environment)
     assert done.returncode == 0, done.stderr
     assert "2 jobs submitted" in done.stdout
-    assert "a process was killed" in done.stdout
+    assert "died (gone), and its runs continue in another" in done.stdout
     logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
     assert "Requeued job" in logs
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2, epochs=3)
@@ -214,33 +214,40 @@ def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
     return experiments.plan(None, [list(overrides)], compose)
 
 
-def test_sweep_gives_up_when_no_run_gets_further(tmp_path):
-    todo = planned_runs(f"output={tmp_path}")
-    launches = []
+class DyingWorkers:
+    """Stands for joblib.Parallel: its first job's runs end, then a worker dies."""
 
-    def launch(jobs):
-        launches.append(jobs)
+    def __init__(self, finished: int):
+        self.finished, self.launches = finished, []
+
+    def __call__(self, n_jobs, batch_size):
+        return self.launch
+
+    def launch(self, calls):
+        packs = [arguments[0] for _, arguments, _ in calls]
+        self.launches.append(len(packs))
+        if len(packs) <= self.finished:
+            return [{} for _ in packs]
+        for run in packs[0] if self.finished else ():
+            RunFolder(run).path.mkdir(parents=True)
+            RunFolder(run).finish({})
         raise BrokenExecutor("a worker died\nsomewhere")
 
-    assert sweep.launch_all(todo, launch) == [f"  {todo[0].run.name}: a worker died"]
-    assert len(launches) == sweep.ATTEMPTS
+
+def test_sweep_gives_up_when_no_run_gets_further(tmp_path, monkeypatch):
+    (one,) = planned_runs(f"output={tmp_path}")
+    dying = DyingWorkers(finished=0)
+    monkeypatch.setattr(workers, "Parallel", dying)
+    assert workers.Here(2).train([[one.run]]) == {one.run.name: "a worker died"}
+    assert len(dying.launches) == workers.ATTEMPTS
 
 
-def test_sweep_starts_again_with_what_is_left(tmp_path):
-    todo = [one for seed in range(5) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
-    launches = []
-
-    def launch(jobs):
-        launches.append(len(jobs))
-        if len(jobs) == 1:
-            return [JobReturn(status=JobStatus.COMPLETED)]
-        (one,) = [one for one in todo if sweep.overrides([one]) == jobs[0]]
-        one.folder.path.mkdir(parents=True)
-        one.folder.finish({})
-        raise BrokenExecutor("a worker died")
-
-    assert sweep.launch_all(todo, launch) == []
-    assert launches == [5, 4, 3, 2, 1]
+def test_sweep_starts_again_with_what_is_left(tmp_path, monkeypatch):
+    todo = [one.run for seed in range(5) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
+    dying = DyingWorkers(finished=1)
+    monkeypatch.setattr(workers, "Parallel", dying)
+    assert workers.Here(2).train([[run] for run in todo]) == {}
+    assert dying.launches == [5, 4, 3, 2, 1]
 
 
 OVERRIDES = [
@@ -297,33 +304,55 @@ def test_plan_is_kept_for_who_watches(tmp_path):
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
 
 
-def slurm_launcher(*overrides: str) -> SubmititLauncher:
+def slurm(*overrides: str, max_jobs: int | None = None) -> cluster.Cluster:
+    """What hydra/launcher=slurm makes of settings."""
     with_hydra = compose(["hydra/launcher=slurm", "output=runs", *overrides], return_hydra_config=True)
-    settings = OmegaConf.to_container(with_hydra.hydra.launcher, resolve=True)
-    assert settings.pop("_target_").endswith("SubmititLauncher")
-    return SubmititLauncher(**settings)
+    return hydra.utils.instantiate(with_hydra.hydra.launcher).place(Path("runs"), max_jobs)
 
 
-def test_slurm_jobs_have_a_gpu_each_and_are_requeued(tmp_path, monkeypatch):
-    (tmp_path / "srun").write_text("#!/bin/sh\n")
-    (tmp_path / "srun").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    executor = slurm_launcher("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long").executor()
+@pytest.fixture
+def no_slurm(tmp_path, monkeypatch):
+    """Programs of SLURM that do nothing, and nothing else on the path."""
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_slurm_jobs_have_a_gpu_each_and_are_requeued(no_slurm):
+    place = slurm("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long")
+    executor = place.executor(no_slurm, "python")
     script = executor._executor._make_submission_file_text("command", "id")
     flags = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {"gpus-per-node=1", "requeue", "signal=USR2@120", "time=30", "partition=long", "open-mode=append"} <= flags
+    assert "srun" in script
+    assert "--cpus-per-task=2 command" in script, "srun does not know what sbatch was given"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["timeout_min=2"], "timeout_min=2: a job is told 120 s before its time is up, and so at once; raise it"),
+        (["timeout_min=1", "slurm_signal_delay_s=90"], "timeout_min=1: a job is told 90 s before"),
+        (["runs_per_job=0"], "runs_per_job=0: must be at least 1"),
+        (["cluster=sge"], "sge"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message, no_slurm):
+    with pytest.raises(ConfigError, match=message):
+        slurm(*[f"hydra.launcher.{setting}" for setting in settings])
 
 
 def test_slurm_launcher_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="no srun; start the sweep on a login node"):
-        slurm_launcher().executor()
+    with pytest.raises(ConfigError, match="no sbatch; start the sweep on a login node"):
+        slurm()
 
 
 def test_unknown_setting_of_submitit():
-    launcher = slurm_launcher("hydra.launcher.cluster=local", "+hydra.launcher.slurm_gpu=1")
     with pytest.raises(ConfigError, match=r"hydra.launcher: .*gpu"):
-        launcher.executor()
+        slurm("hydra.launcher.cluster=local", "+hydra.launcher.slurm_gpu=1")
 
 
 def test_processes_take_turns_over_the_gpus(monkeypatch):
@@ -340,6 +369,7 @@ def test_processes_take_turns_over_the_gpus(monkeypatch):
 def test_seeds_of_a_row_share_a_job_where_there_is_a_gpu():
     todo = [one for seed in (0, 1) for cost in ("0", "1e-3") for one in planned_runs(f"seed={seed}", f"{COST}={cost}")]
     pages = planned_runs("logger=[csv,wandb]", "seed=0") + planned_runs("logger=[csv,wandb]", "seed=1")
-    assert [len(pack) for pack in sweep.packed(todo, gpu=True)] == [2, 2]
-    assert [len(pack) for pack in sweep.packed(todo, gpu=False)] == [1, 1, 1, 1]
-    assert [len(pack) for pack in sweep.packed(pages, gpu=True)] == [1, 1], "a process has one page"
+    todo, pages = [one.run for one in todo], [one.run for one in pages]
+    assert [len(pack) for pack in workers.packed(todo, gpu=True)] == [2, 2]
+    assert [len(pack) for pack in workers.packed(todo, gpu=False)] == [1, 1, 1, 1]
+    assert [len(pack) for pack in workers.packed(pages, gpu=True)] == [1, 1], "a process has one page"

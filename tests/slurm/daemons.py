@@ -1,15 +1,11 @@
-"""A real SLURM of one node for the tests of this folder; without slurmctld they are skipped."""
+"""A real SLURM of one node, which belongs to the tests of this folder."""
 
+import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel")
 
@@ -80,7 +76,11 @@ class Slurm:
         self.wait_for("munge", "--no-input", f"--socket={munge / 'socket'}", text="MUNGE")
         self.start_controller()
         self.start("slurmd", "-D", "-N", self.host)
-        self.wait_for("sinfo", "--noheader", "--format=%T", text="idle")
+        for _ in range(10):
+            with contextlib.suppress(AssertionError):
+                self.wait_for("sinfo", "--noheader", "--format=%T", text="idle", seconds=10)
+                break
+            self("scontrol", "reconfigure", check=False)  # a node's first word may come before the controller listens
 
     def stop(self, name: str) -> None:
         daemon = self.daemons.pop(name)
@@ -115,20 +115,3 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[Slurm]:
-    """The cluster: 8 CPUs and 2 GPUs, as it believes."""
-    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
-        pytest.skip(f"no SLURM here ({', '.join(missing)} missing)")
-    if os.geteuid():
-        pytest.skip("starting SLURM's daemons needs root")
-    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # a short path: a socket's has 107 characters
-    cluster = Slurm(folder)
-    try:
-        cluster.start_all()
-        yield cluster
-    finally:
-        cluster.stop_all()
-        shutil.rmtree(folder, ignore_errors=True)
