@@ -19,9 +19,10 @@ class ExperimentSweeper(BasicSweeper):
     """Plan, tell, launch what is incomplete, report, and make the experiment's table."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from skiprnn import sweep
+        from skiprnn.papers import sweep
         from skiprnn.training.config import ConfigError
         from skiprnn.training.workers import Here
+        from skiprnn.views.samples import picture
 
         assert self.hydra_context is not None
         assert self.config is not None
@@ -39,4 +40,4 @@ class ExperimentSweeper(BasicSweeper):
 
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         grid = self.split_arguments(parsed, None)[0]
-        return sweep.run(grid, compose, place, " ".join(arguments))
+        return sweep.run(grid, compose, place, " ".join(arguments), picture)

@@ -12,11 +12,9 @@ import math
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 
 from skiprnn import GRU, LSTM, Recurrent, RecurrentState, SkipGRU, SkipLSTM
 from skiprnn.model.policies import Skip
+from skiprnn.training.timing import alternate
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = {  # B, T, I, H, L
@@ -80,20 +79,6 @@ def train(rnn: Any, x: Tensor, scattered: bool = False) -> None:
 @torch.no_grad()
 def infer(rnn: Any, x: Tensor, scattered: bool = False) -> None:
     rnn(x, desynchronised(rnn, len(x))) if scattered else rnn(x)
-
-
-def alternate(functions: dict[str, Callable[[], None]], repetitions: int, progress=None) -> dict[str, float]:
-    """The median seconds of each function; all run in turn, `repetitions` times after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                times[name].append(time.perf_counter() - start)
-            if progress:
-                progress()
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[], None]]:

@@ -4,7 +4,6 @@ python -m skiprnn.status [outputs]
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -59,8 +58,8 @@ def state_of(one: PlannedRun, jobs: Mapping[str, tuple[str, str]], locked: set[i
         return state, f"{how_far}, {job}" if done else job
     if lock.exists() and lock.stat().st_ino in locked:
         return "running", how_far
-    if folder.failure_file.exists():
-        return "failed", json.loads(folder.failure_file.read_text())["error"]
+    if folder.failure:
+        return "failed", folder.failure
     return ("stopped", how_far) if done else ("waiting", "")
 
 
@@ -70,10 +69,10 @@ def report(output: Path) -> str:
     Raises:
         ConfigError: there are none.
     """
-    plans = experiments.saved_plans(output)
-    if not plans:
-        raise ConfigError(f"{output}: no sweeps here; give the folder that was output= of one")
     lines: list[str] = []
+    plans = experiments.saved_plans(output, lines.append)
+    if not plans:
+        raise ConfigError("\n".join([*lines, f"{output}: no sweeps here; give the folder that was output= of one"]))
     jobs: dict[str, tuple[str, str]] = {}
     try:
         jobs = in_jobs(output)

@@ -3,7 +3,6 @@
 python -m skiprnn.tables experiment=table1 profile=mnist/cpu [publish=results/mnist-cpu]
 """
 
-import json
 import shutil
 import statistics
 import sys
@@ -19,7 +18,7 @@ from scipy.stats import t as student
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import Experiment, PlannedRun
 from skiprnn.training.config import ConfigError, TrainingConfig
-from skiprnn.training.folder import MetricsFile, write_atomically
+from skiprnn.training.folder import read_record
 
 MISSING = "–"
 CONFIDENCE = 0.95
@@ -66,7 +65,7 @@ def measured(record: dict[str, Any], metric: str) -> float | None:
     match metric.removeprefix(LAST):
         case "task_solved":
             bound = record["solved_at"]
-            return float(test["mse"] < bound if "mse" in test else test["accuracy"] > bound)
+            return float(test["mse"] < bound if record["task"] == "regression" else test["accuracy"] > bound)
         case "state_updates_percent":
             return 100 * test["state_updates"] / record["steps"]
         case "inference_flops_with_cnn":
@@ -249,29 +248,17 @@ def exchange_records(planned: Sequence[PlannedRun], published: Path) -> None:
     can be continued anywhere.
 
     Raises:
-        ConfigError: a published record is corrupt, or another run's.
+        ConfigError: a published record is damaged, or another run's.
     """
     for one in planned:
         file, epochs = published / f"{one.run.name}.json", published / f"{one.run.name}.csv"
-        own_epochs = one.folder.path / MetricsFile.NAME
         if one.folder.complete:
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(one.folder.record_file, file)
-            if own_epochs.exists():
-                shutil.copyfile(own_epochs, epochs)
+            if one.folder.metrics_file.exists():
+                shutil.copyfile(one.folder.metrics_file, epochs)
         elif file.exists():
-            try:
-                record = json.loads(file.read_text())
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or record.get("config") != one.run.identity:
-                raise ConfigError(f"{file} is corrupt, or the record of another run; delete it")
-            one.folder.path.mkdir(parents=True, exist_ok=True)
-            for attempt in (one.folder.last, one.folder.best, own_epochs):  # begun here, and not what the record is of
-                attempt.unlink(missing_ok=True)
-            if epochs.exists():
-                write_atomically(own_epochs, epochs.read_bytes())
-            one.folder.finish(record)
+            one.folder.take_over(read_record(file, one.run), epochs.read_bytes() if epochs.exists() else None)
 
 
 def _latex(text: str) -> str:
@@ -286,6 +273,8 @@ def main(arguments: Sequence[str]) -> None:
         if not experiment:
             raise ConfigError("experiment=NAME is missing: which table?")
         print(publish(experiment, planned, folder))
+        if damages := [damage for one in planned if (damage := one.folder.damage)]:
+            raise ConfigError("; ".join(damages))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

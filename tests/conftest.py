@@ -13,7 +13,7 @@ import torch
 
 from skiprnn.data.ucf101.store import appending
 from skiprnn.model.engines.native import operator
-from skiprnn.training import config
+from skiprnn.training import config, job
 from skiprnn.training.config import RunConfig
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -44,6 +44,12 @@ def small_run(tmp_path):
         return config.read(compose([*SMALL, f"output={tmp_path}", *overrides]))
 
     return make
+
+
+def trained(run: RunConfig, draw=None) -> dict:
+    """The record of a run that is trained to its end."""
+    (record,) = job.train([run], draw)
+    return record
 
 
 def command(*arguments: str, script: str | None = None, **options) -> subprocess.CompletedProcess:

@@ -7,12 +7,13 @@ import subprocess
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL, command
+from conftest import SMALL, command, trained
 
-from skiprnn import train
 from skiprnn.training import folder as runs
-from skiprnn.training.config import ConfigError
-from skiprnn.training.module import DivergedError, SequenceModule
+from skiprnn.training import provenance
+from skiprnn.training.config import ConfigError, DivergedError
+from skiprnn.training.keeper import MetricsFile, RunKeeper
+from skiprnn.training.module import SideBySide
 
 # Runs training in a process that is killed in the middle of writing a file for the n-th time, or in the n-th step.
 KILLED_RUN = """
@@ -38,12 +39,12 @@ def half_written(descriptor):
     fsync(descriptor)
 os.fsync = half_written
 
-step = module.SequenceModule.training_step
+step = module.SideBySide.training_step
 def killed_step(self, *arguments):
     if what == "step" and killed_here():
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *arguments)
-module.SequenceModule.training_step = killed_step
+module.SideBySide.training_step = killed_step
 
 train.main()
 """
@@ -94,7 +95,7 @@ def test_killed_run_continues_to_the_same_end(what, count, unbroken, small_run):
     killed = command(what, str(count), *SMALL, *MODEL, f"output={run.output}", script=KILLED_RUN)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not folder.complete
-    train.train(run)
+    trained(run)
     reference = runs.RunFolder(small_run(*MODEL, f"output={unbroken[0]}"))
     assert reference.path == unbroken[1]
     assert_same_outcome(folder, reference)
@@ -103,7 +104,7 @@ def test_killed_run_continues_to_the_same_end(what, count, unbroken, small_run):
 
 def test_same_command_gives_the_same_record(unbroken, small_run):
     run = small_run(*MODEL)
-    record = train.train(run)
+    record = trained(run)
     assert without_times(record) == without_times(json.loads((unbroken[1] / "record.json").read_text()))
 
 
@@ -121,36 +122,36 @@ def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, 
     git("init")
     git("commit", "--allow-empty", "-m", "before")
     before = git("rev-parse", "HEAD")
-    validate = SequenceModule.validation_step
-    monkeypatch.setattr(SequenceModule, "validation_step", commit_and_validate)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "training" / "folder.py"))
-    runs.code_version.cache_clear()
+    validate = SideBySide.validation_step
+    monkeypatch.setattr(SideBySide, "validation_step", commit_and_validate)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "skiprnn" / "training" / "provenance.py"))
+    provenance.code_version.cache_clear()
     try:
-        record = train.train(small_run("training.epochs=1"))
+        record = trained(small_run("training.epochs=1"))
     finally:
-        runs.code_version.cache_clear()
+        provenance.code_version.cache_clear()
     assert git("rev-parse", "HEAD") != before
     assert record["git"] == {"commit": before, "dirty": False}
 
 
 def test_a_record_names_every_commit_that_trained_the_run(small_run, monkeypatch):
     versions = [{"commit": "first", "dirty": False}, {"commit": "second", "dirty": True}]
-    monkeypatch.setattr(runs, "code_version", lambda: versions[0])
+    monkeypatch.setattr(provenance, "code_version", lambda: versions[0])
     run = small_run("training.epochs=3")
-    end = runs.RunKeeper.on_train_epoch_end
+    end = RunKeeper.on_train_epoch_end
 
     def end_and_stop(self, trainer, module):
         end(self, trainer, module)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.RunKeeper, "on_train_epoch_end", end_and_stop)
+    monkeypatch.setattr(RunKeeper, "on_train_epoch_end", end_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        train.train(run)
-    monkeypatch.setattr(runs, "code_version", lambda: versions[1])
+        trained(run)
+    monkeypatch.setattr(provenance, "code_version", lambda: versions[1])
     with pytest.raises(KeyboardInterrupt):
-        train.train(run)
-    monkeypatch.setattr(runs.RunKeeper, "on_train_epoch_end", end)
-    record = train.train(run)
+        trained(run)
+    monkeypatch.setattr(RunKeeper, "on_train_epoch_end", end)
+    record = trained(run)
     assert record["commits"] == versions
     assert record["git"] == versions[1]
 
@@ -163,12 +164,12 @@ def test_untracked_code_and_settings_count_as_changes(file, dirty, tmp_path, mon
     for path in ("skiprnn/training", "conf/model"):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / file).write_text("new")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "skiprnn" / "training" / "folder.py"))
-    runs.code_version.cache_clear()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "skiprnn" / "training" / "provenance.py"))
+    provenance.code_version.cache_clear()
     try:
-        version = runs.code_version()
+        version = provenance.code_version()
     finally:
-        runs.code_version.cache_clear()
+        provenance.code_version.cache_clear()
     assert version is not None
     assert version["dirty"] == dirty
 
@@ -176,41 +177,41 @@ def test_untracked_code_and_settings_count_as_changes(file, dirty, tmp_path, mon
 def test_learning_rate_rises_at_the_start_and_falls_at_the_end_in_equal_steps(small_run):
     course = ["training.warmup_epochs=1", "training.decay_epochs=2"]
     run = small_run("training.epochs=5", *course, "training.learning_rate=0.3")
-    train.train(run)
+    trained(run)
     rates = pd.read_csv(runs.RunFolder(run).path / "metrics.csv")["learning_rate"]
     assert list(rates) == pytest.approx([0.15, 0.3, 0.3, 0.2, 0.1])
 
 
 def test_complete_run_is_not_repeated(small_run):
     run = small_run("training.epochs=1")
-    record = train.train(run)
-    assert train.train(run) == record
+    record = trained(run)
+    assert trained(run) == record
 
 
 def test_a_longer_run_continues_a_shorter_one_to_the_same_end(small_run, tmp_path, monkeypatch):
     long = ["model=skip_lstm", "model.cost_per_sample=1e-3", "training.epochs=4"]
     anew = small_run(*long, f"output={tmp_path / 'anew'}")
-    train.train(anew)
+    trained(anew)
     for epochs in (1, 2):
-        train.train(small_run(*long, f"training.epochs={epochs}"))
+        trained(small_run(*long, f"training.epochs={epochs}"))
     run = small_run(*long)
     folder = runs.RunFolder(run)
     assert folder.epochs_done() == 2, "what is left is estimated by it"
-    trained, end = [], runs.RunKeeper.on_train_epoch_end
+    epochs_trained, end = [], RunKeeper.on_train_epoch_end
     monkeypatch.setattr(
-        runs.RunKeeper,
+        RunKeeper,
         "on_train_epoch_end",
-        lambda self, trainer, module: (trained.append(trainer.current_epoch), end(self, trainer, module)),
+        lambda self, trainer, module: (epochs_trained.append(trainer.current_epoch), end(self, trainer, module)),
     )
-    train.train(run)
-    assert trained == [2, 3]
+    trained(run)
+    assert epochs_trained == [2, 3]
     assert_same_outcome(folder, runs.RunFolder(anew))
 
 
 @pytest.mark.parametrize("other", ["training.decay_epochs=1", "training.learning_rate=0.1", "seed=1", "interrupted"])
 def test_a_run_that_is_not_the_beginning_is_not_continued(other, small_run):
     changes = [] if other == "interrupted" else [other]
-    train.train(shorter := small_run(*changes, "training.epochs=1"))
+    trained(shorter := small_run(*changes, "training.epochs=1"))
     if other == "interrupted":
         runs.RunFolder(shorter).record_file.unlink()  # it may go on meanwhile
     longer = runs.RunFolder(small_run(*(changes if "decay" in other else []), "training.epochs=2"))
@@ -222,7 +223,7 @@ def test_a_run_that_is_not_the_beginning_is_not_continued(other, small_run):
 def test_diverged_run_is_marked_and_leaves_no_record(small_run):
     run = small_run("training.learning_rate=1e30")
     with pytest.raises(DivergedError, match=r"loss became (nan|inf) in epoch 0: lower training.learning_rate"):
-        train.train(run)
+        trained(run)
     folder = runs.RunFolder(run)
     assert not folder.complete
     assert "DivergedError" in json.loads(folder.failure_file.read_text())["error"]
@@ -233,7 +234,7 @@ def test_one_process_per_run(small_run):
     lock = runs.RunFolder(run).open()
     try:
         with pytest.raises(ConfigError, match="another process is training this run"):
-            train.train(run)
+            trained(run)
     finally:
         lock.release()
 
@@ -242,27 +243,27 @@ def test_unwritable_output(small_run, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(ConfigError, match=r"output=.*cannot write"):
-        train.train(small_run(f"output={blocked}"))
+        trained(small_run(f"output={blocked}"))
 
 
 def test_truncated_checkpoint_is_one_clear_error(small_run):
     run = small_run("training.epochs=2")
-    train.train(run)
+    trained(run)
     folder = runs.RunFolder(run)
     folder.record_file.unlink()
     folder.last.write_bytes(folder.last.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="corrupt or no checkpoint"):
-        train.train(run)
+        trained(run)
 
 
 def test_checkpoint_of_another_architecture(small_run):
     run, other = small_run("training.epochs=1"), small_run("training.epochs=1", "model.hidden_size=7")
-    train.train(run)
+    trained(run)
     folder = runs.RunFolder(other)
     folder.open().release()
     folder.last.write_bytes(runs.RunFolder(run).last.read_bytes())
     with pytest.raises(ConfigError, match="another architecture: size mismatch"):
-        train.train(other)
+        trained(other)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -286,7 +287,7 @@ def test_written_files_are_readable_as_the_umask_says(tmp_path):
 
 
 def test_epoch_trained_again_replaces_its_row(tmp_path):
-    logger = runs.MetricsFile(str(tmp_path))
+    logger = MetricsFile(str(tmp_path))
     for epoch, loss in [(0, 1.0), (1, 2.0), (1, 3.0)]:
         logger.log_metrics({"epoch": epoch, "loss": loss})
     assert pd.read_csv(logger.file).to_dict("list") == {"epoch": [0, 1], "loss": [1.0, 3.0]}

@@ -249,19 +249,23 @@ def save_plan(experiment: Experiment | None, command: str, planned: Sequence[Pla
     write_atomically(folder / f"{digest}.json", json.dumps(content).encode())
 
 
-def saved_plans(output: Path) -> list[SavedPlan]:
-    """The plans of all sweeps into an output folder, latest first."""
+def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
+    """The plans of all sweeps into an output folder, latest first; what is wrong with the others is told."""
     files = sorted((output / "sweeps").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     plans = []
-    for content in map(json.loads, map(Path.read_text, files)):
-        settings = {"output": str(output), "profile": content["profile"]}
-        planned = [
-            PlannedRun(row, RunConfig.of(entry["config"] | {"seed": seed}, **settings), ())
-            for entry in content["rows"]
-            for row in [Row(entry["label"], published=entry["published"])]
-            for seed in entry["seeds"]
-        ]
-        plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
+    for file in files:
+        try:
+            content = json.loads(file.read_bytes())
+            settings = {"output": str(output), "profile": content["profile"]}
+            planned = [
+                PlannedRun(row, RunConfig.of(entry["config"] | {"seed": seed}, **settings), ())
+                for entry in content["rows"]
+                for row in [Row(entry["label"], published=entry["published"])]
+                for seed in entry["seeds"]
+            ]
+            plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
+        except (ValueError, KeyError, TypeError):
+            tell(f"{file} is damaged, or another version's; delete it, and the sweep's next start writes it again")
     return plans
 
 

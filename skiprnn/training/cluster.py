@@ -1,8 +1,10 @@
 """Runs as jobs of a cluster: what a job does, which were submitted, what has become of them. SLURM, by submitit.
 
-A submission is a folder OUTPUT/submitit/NUMBER/: runs.json names the runs of each job, and submitit's files and the
-jobs' logs lie beside it. So whoever comes later, the same command or skiprnn.status, finds the job of a run there, and
-asks the queue about it. What has become of a run its own folder says.
+A submission is a folder OUTPUT/submitit/NUMBER/, beside submitit's own files and the jobs' logs with
+  runs.json       the runs of each job
+  ID_failed.json  why runs of a job failed
+  warnings        what the jobs have to say to whoever waits for them
+So whoever comes later, the same command or skiprnn.status, finds there the job of a run, and asks the queue about it.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +31,9 @@ import torch
 from filelock import FileLock
 
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import RunFolder, write_atomically
+from skiprnn.training.folder import write_atomically
+from skiprnn.training.job import Draw
+from skiprnn.training.provenance import SNAPSHOT, code_version
 from skiprnn.training.workers import ATTEMPTS, Packs, attempt, progress, unfinished
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -43,24 +48,66 @@ class Job:
 
     Args:
         packs: its runs, one pack after the other.
-        warnings: the file of what the sweep is to say at once.
+        draw: as job.train's.
+        folder: of the submission.
     """
 
-    def __init__(self, packs: Packs, warnings: Path):
-        self.packs, self.warnings = packs, warnings
+    def __init__(self, packs: Packs, draw: Draw, folder: Path):
+        self.packs, self.draw, self.folder = packs, draw, folder
+        self.in_vain = 0  # times that it came no further
 
     def __call__(self) -> None:
-        """Train what is not complete.
+        """Train what is neither complete nor failed.
+
+        Told that its time is up (SIGUSR2) or to end (SIGTERM), it stops after a batch, which is kept.
 
         Raises:
-            SystemExit: a run failed, as its folder says; all others were tried.
+            SystemExit: it did not come to its end, or runs failed.
         """
+        from submitit import JobEnvironment
+
+        self.file = failures_file(self.folder, JobEnvironment().job_id)
+        self.failures = read_failures(self.file)
         self._pass_warnings_on()
-        failures: dict[str, str] = {}
-        for pack in self.packs:
-            failures |= attempt(pack)
-        if failures:
-            sys.exit(f"error: {len(failures)} of {sum(map(len, self.packs))} runs failed")
+        before = progress(self.packs)
+        requeue: Any = signal.getsignal(signal.SIGUSR2)  # submitit's, which also ends the process
+        told: list[int] = []
+
+        def stop(number: int, frame: Any) -> None:
+            told.append(number)
+            if number == signal.SIGUSR2:
+                os.kill(os.getpid(), signal.SIGTERM)  # Lightning knows this one, and ends training after the batch
+            elif told.count(number) == 1 and signal.getsignal(number) is stop:  # no training is under way
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGUSR2, stop)
+        signal.signal(signal.SIGTERM, stop)
+        pack: list[RunConfig] = []
+        try:
+            for pack in self.left():
+                self._note(attempt(pack, self.draw))
+                if told:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if signal.SIGUSR2 not in told:
+                sys.exit("error: told to end; what was done is kept")
+            self.in_vain = 0 if progress(self.packs) != before else self.in_vain + 1
+            if self.in_vain == ATTEMPTS:
+                reason = (
+                    f"{ATTEMPTS} times its time was up before it came any further: raise hydra.launcher.timeout_min"
+                )
+                self._note({run.name: reason for run in pack})
+                self.in_vain = 0
+            elif self.in_vain:
+                self._pass_on(f"the time of job {JobEnvironment().job_id} was up before it came further")
+            if self.left():
+                requeue(signal.SIGUSR2, None)
+        if self.failures:
+            sys.exit(f"error: {len(self.failures)} of {sum(map(len, self.packs))} runs failed")
+
+    def left(self) -> Packs:
+        """What is neither complete nor failed."""
+        return unfinished(self.packs, self.failures)
 
     def checkpoint(self) -> Any:
         """What submitit requeues."""
@@ -68,17 +115,35 @@ class Job:
 
         return DelayedSubmission(self)
 
+    def _note(self, failures: Mapping[str, str]) -> None:
+        """Keep why runs failed."""
+        self.failures |= failures
+        write_atomically(self.file, json.dumps(self.failures).encode())
+
+    def _pass_on(self, line: str) -> None:
+        """To whoever waits for the job."""
+        with (self.folder / "warnings").open("a") as lines:
+            lines.write(f"{socket.gethostname()}: {line}\n")
+
     def _pass_warnings_on(self) -> None:
-        """Our own warnings, such as that there is no compiler, also reach who waits for the job."""
+        """Our own, such as that there is no compiler."""
         show = warnings.showwarning
 
         def show_and_pass_on(message, category, filename, *arguments, **options) -> None:
             show(message, category, filename, *arguments, **options)
             if Path(filename).is_relative_to(PACKAGE):
-                with self.warnings.open("a") as lines:
-                    lines.write(f"{socket.gethostname()}: {' '.join(str(message).split())}\n")
+                self._pass_on(" ".join(str(message).split()))
 
         warnings.showwarning = show_and_pass_on
+
+
+def failures_file(folder: Path, id: str) -> Path:
+    """Why runs of a job failed, by their names."""
+    return folder / f"{id}_failed.json"
+
+
+def read_failures(file: Path) -> dict[str, str]:
+    return json.loads(file.read_bytes()) if file.exists() else {}
 
 
 def snapshot(folder: Path) -> Path:
@@ -89,6 +154,7 @@ def snapshot(folder: Path) -> Path:
     """
     files = sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     contents = {path.relative_to(PACKAGE.parent): path.read_bytes() for path in files}
+    contents[Path(PACKAGE.name, SNAPSHOT)] = json.dumps(code_version()).encode()
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
     if not (folder / digest).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,9 +177,15 @@ class Submitted:
     packs: list[list[str]]  # names of its runs
 
     @property
-    def log(self) -> Path:
-        """What the job wrote to stderr."""
-        return self.folder / f"{self.id}_0_log.err"
+    def failures(self) -> dict[str, str]:
+        """Why runs failed, by their names."""
+        return read_failures(failures_file(self.folder, self.id))
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it wrote to stderr, and where."""
+        log = self.folder / f"{self.id}_0_log.err"
+        return f"{log}: {last_line(log.read_text(errors='replace'))}" if log.exists() else "it wrote nothing"
 
 
 def submitted(folder: Path) -> list[Submitted]:
@@ -197,19 +269,21 @@ class Waiting:
 
     Args:
         job: what was submitted.
-        runs: the sweep's by name; the job may have others as well.
-        attempts: jobs that brought these runs no further.
+        runs: of the sweep, by name; the job may have others as well.
+        attempts: jobs before it that brought these runs no further.
     """
 
-    def __init__(self, job: Submitted, runs: Mapping[str, RunConfig], attempts: int = 0):
+    def __init__(self, job: Submitted, runs: Mapping[str, RunConfig], attempts: int):
         self.job, self.attempts, self.over = job, attempts, False
         packs = [[runs[name] for name in pack if name in runs] for pack in job.packs]
         self.packs = [pack for pack in packs if pack]
         self.progress = progress(self.packs)
+        self.rest = self.packs
 
     def left(self) -> Packs:
-        """What is not complete."""
-        return unfinished(self.packs)
+        """What is neither complete nor failed."""
+        self.rest = unfinished(self.rest, self.job.failures)
+        return self.rest
 
     def is_over(self, state: str) -> bool:
         """Seen twice in a row: what a job wrote may arrive later than the news of its end."""
@@ -281,7 +355,7 @@ class Cluster:
             raise ConfigError(f"hydra.launcher: {str(error).splitlines()[0]}") from None
         return executor
 
-    def train(self, packs: Packs) -> dict[str, str] | None:
+    def train(self, packs: Packs, draw: Draw) -> dict[str, str] | None:
         """See Place.
 
         Raises:
@@ -290,38 +364,37 @@ class Cluster:
         """
         runs = {run.name: run for pack in packs for run in pack}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.code = snapshot(self.folder / "code")
-        jobs = self.hold(packs, runs)
+        self.code, self.draw = snapshot(self.folder / "code"), draw
+        jobs = self.hold(packs)
         if self.detach:
             return None
         try:
             return self.wait(jobs, runs)
         except KeyboardInterrupt:
-            print("the jobs go on, and the same command waits for them", flush=True)
+            if self.cluster == "slurm":
+                print("the jobs go on, and the same command waits for them", flush=True)
             raise
 
-    def hold(self, packs: Packs, runs: Mapping[str, RunConfig], attempts: int = 0) -> list[Waiting]:
-        """The jobs that have the runs of packs: what none has yet is submitted.
+    def hold(self, packs: Packs, attempts: int = 0) -> list[Waiting]:
+        """The jobs that have the runs of packs: what none has is submitted.
 
         Raises:
             ConfigError: the cluster refuses the jobs, or does not answer.
         """
+        runs = {run.name: run for pack in packs for run in pack}
         with FileLock(self.folder / ".lock"):  # the same command twice submits once
             before = submitted(self.folder)
             known = states(before)
-            wanted = {run.name: run for pack in packs for run in pack}
-            jobs = [Waiting(job, wanted, attempts) for job in before if known[job.id][0] not in OVER]
+            jobs = [Waiting(job, runs, attempts) for job in before if known[job.id][0] not in OVER]
             jobs = [one for one in jobs if one.left()]
             held = {run.name for one in jobs for pack in one.left() for run in pack}
             if held:
                 print(f"{len(held)} runs are in jobs that were submitted before", flush=True)
-            free = [[run for run in pack if run.name not in held] for pack in packs]
-            free = [pack for pack in free if pack]
-            return jobs + self.submit(
-                [free[k : k + self.runs_per_job] for k in range(0, len(free), self.runs_per_job)], runs, attempts
-            )
+            free = unfinished(packs, held)
+            chunks = [free[k : k + self.runs_per_job] for k in range(0, len(free), self.runs_per_job)]
+            return jobs + [Waiting(job, runs, attempts) for job in self.submit(chunks)]
 
-    def submit(self, chunks: Sequence[Packs], runs: Mapping[str, RunConfig], attempts: int) -> list[Waiting]:
+    def submit(self, chunks: Sequence[Packs]) -> list[Submitted]:
         """A job for each of the chunks, in arrays.
 
         Raises:
@@ -331,27 +404,25 @@ class Cluster:
 
         path = os.pathsep.join(filter(None, [str(self.code), os.environ.get("PYTHONPATH")]))
         python = shlex.join(["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", sys.executable])
-        jobs: list[Waiting] = []
+        jobs: list[Submitted] = []
         size = self.max_jobs or len(chunks)
         for first in range(0, len(chunks), size or 1):
             part = chunks[first : first + size]
-            for folder in (RunFolder(run) for packs in part for pack in packs for run in pack):
-                folder.failure_file.unlink(missing_ok=True)  # of an earlier attempt
-            place = self.folder / str(max(numbers(self.folder), default=0) + 1)
-            place.mkdir(exist_ok=True)
+            folder = self.folder / str(max(numbers(self.folder), default=0) + 1)
+            folder.mkdir(exist_ok=True)
             names = [[[run.name for run in pack] for pack in packs] for packs in part]
             # before there are jobs: they begin with their pickles, which submitit puts in place last
-            write_atomically(place / "runs.json", json.dumps({"cluster": self.cluster, "jobs": names}).encode())
+            write_atomically(folder / "runs.json", json.dumps({"cluster": self.cluster, "jobs": names}).encode())
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
-                    self.executor(place, python).submit_array([Job(packs, place / "warnings") for packs in part])
+                    self.executor(folder, python).submit_array([Job(packs, self.draw, folder) for packs in part])
             except FailedJobError as error:
-                (place / "runs.json").unlink()
+                (folder / "runs.json").unlink()
                 others = f"; {first} jobs were submitted before that, and go on" if first else ""
                 raise ConfigError(f"{last_line(str(error)) or 'sbatch failed'}{others}") from None
-            jobs += [Waiting(job, runs, attempts) for job in jobs_in(place)]
+            jobs += jobs_in(folder)
         if jobs:
-            print(f"{len(jobs)} jobs submitted, their logs in {jobs[0].job.folder}/", flush=True)
+            print(f"{len(jobs)} jobs submitted, their logs in {jobs[0].folder}/", flush=True)
         return jobs
 
     def wait(self, jobs: list[Waiting], runs: Mapping[str, RunConfig]) -> dict[str, str]:
@@ -364,50 +435,45 @@ class Cluster:
         news = News(len(runs))
         while jobs:
             news.pause()
-            folders = {one.job.folder for one in jobs}
+            for file in {one.job.folder / "warnings" for one in jobs}:
+                for line in file.read_text().splitlines() if file.exists() else ():
+                    news.once(f"warning: {line}")
             try:
                 known = states([one.job for one in jobs])
                 for one in list(jobs):
                     state = known[one.job.id][0]
-                    if one.left() and not one.is_over(state):
-                        continue
-                    found, again = self.settle(one, state)
-                    for name, reason in found.items():
-                        news.once(f"failed: {reason}", f"failed: {name}: {reason}")
-                    failures |= found
-                    if again:
+                    ended = one.is_over(state) or not one.left()
+                    found, died = self.settle(one, state) if ended else (one.job.failures, [])
+                    for name in found.keys() & runs.keys():
+                        failures[name] = found[name]
+                        news.once(f"failed: {found[name]}", f"failed: {name}: {found[name]}")
+                    if died:
                         news.tell(f"job {one.job.id} died ({state.lower()}), and its runs continue in another")
-                        jobs += self.hold(again, runs, one.attempts + 1)
-                    jobs.remove(one)
-            except ConfigError as error:  # the queue does not answer, or takes no jobs: later
+                        jobs += self.hold(died, one.attempts + 1)
+                    if ended:
+                        jobs.remove(one)
+            except ConfigError as error:  # the queue does not answer, or takes no jobs
                 news.once(f"{error}; waiting for it")
                 continue
-            for file in (folder / "warnings" for folder in folders):
-                for line in file.read_text().splitlines() if file.exists() else ():
-                    news.once(f"warning: {line}")
             left = sum(len(pack) for one in jobs for pack in one.left())
             stand = Counter(known[one.job.id] for one in jobs if one.job.id in known)
             news.standing(len(runs) - left - len(failures), len(failures), stand)
         return failures
 
     def settle(self, one: Waiting, state: str) -> tuple[dict[str, str], Packs]:
-        """What became of what a job has left: why runs failed, by their names; and what died with it."""
-        if progress(one.packs) != one.progress:
-            one.attempts, one.progress = 0, progress(one.packs)
+        """What became of a job's runs: why they failed, by their names; and what died with it, to be tried again."""
         if state == "GONE":
             state = last_state(one.job)
-        failures: dict[str, str] = {}
-        for run in (run for pack in one.left() for run in pack):
-            file = RunFolder(run).failure_file
-            if file.exists():
-                failures[run.name] = json.loads(file.read_text())["error"]
-            elif state == "CANCELLED":
-                failures[run.name] = f"job {one.job.id} was cancelled"
-            elif one.attempts + 1 == ATTEMPTS:
-                log = last_line(one.job.log.read_text(errors="replace")) if one.job.log.exists() else "it wrote nothing"
-                failures[run.name] = f"{ATTEMPTS} jobs died and brought it no further; the last: {one.job.log}: {log}"
-        again = [[run for run in pack if run.name not in failures] for pack in one.left()]
-        return failures, [pack for pack in again if pack]
+        if (now := progress(one.packs)) != one.progress:
+            one.attempts, one.progress = 0, now
+        failures, left = one.job.failures, one.left()
+        if state == "CANCELLED":
+            reason = f"job {one.job.id} was cancelled"
+        elif one.attempts + 1 == ATTEMPTS:
+            reason = f"{ATTEMPTS} jobs died and brought it no further; the last: {one.job.last_words}"
+        else:
+            return failures, left
+        return failures | {run.name: reason for pack in left for run in pack}, []
 
 
 class News:

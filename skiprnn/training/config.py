@@ -18,6 +18,19 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message is one line that names the setting and the remedy."""
 
 
+class DivergedError(RuntimeError):
+    """A run's loss became nan or infinite.
+
+    Args:
+        message: one line.
+        run: whose.
+    """
+
+    def __init__(self, message: str, run: "RunConfig | None" = None):
+        super().__init__(message)
+        self.run = run
+
+
 ADDED = {
     "added": True
 }  # metadata of later options: no part of a run's identity at their default, so older runs keep their hash

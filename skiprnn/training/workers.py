@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 
-from skiprnn import train
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training import job
+from skiprnn.training.config import ConfigError, DivergedError, RunConfig
 from skiprnn.training.folder import RunFolder
+from skiprnn.training.job import Draw
 
 ATTEMPTS = 3  # launches that bring no run further, before it is given up
 
@@ -28,8 +29,11 @@ class Place(Protocol):
     here: bool  # on this machine, so that an epoch can be timed on it
     gpu: bool  # jobs have a GPU
 
-    def train(self, packs: Packs) -> dict[str, str] | None:
+    def train(self, packs: Packs, draw: Draw) -> dict[str, str] | None:
         """Train runs to their end.
+
+        Args:
+            draw: as job.train's.
 
         Returns:
             Why runs failed, by their names; None if they were only submitted.
@@ -53,33 +57,32 @@ def packed(runs: Sequence[RunConfig], gpu: bool) -> Packs:
     return jobs
 
 
-def attempt(runs: Sequence[RunConfig]) -> dict[str, str]:
-    """Train runs side by side; what fails is said in their folders.
+def attempt(runs: Sequence[RunConfig], draw: Draw) -> dict[str, str]:
+    """Train runs side by side; an error ends them alone.
 
     Returns:
         Why runs failed, by their names.
     """
-    train.quieten()
+    job.quieten()
     try:
-        if len(runs) == 1:
-            train.train(runs[0])
-        else:
-            train.train_packed(runs)
-    except Exception as error:
-        if not isinstance(error, train.USER_ERRORS):
-            traceback.print_exc()
-        for folder in map(RunFolder, runs):
-            if not folder.complete and not folder.failure_file.exists():
-                folder.fail(error)
+        job.train(runs, draw)
+    except DivergedError:
+        return {run.name: RunFolder(run).failure or "" for run in runs if not RunFolder(run).complete}
+    except job.USER_ERRORS as error:
         return {run.name: str(error) for run in runs if not RunFolder(run).complete}
+    except Exception as error:
+        traceback.print_exc()
+        for folder in map(RunFolder, runs):
+            folder.fail(error)
+        return {run.name: repr(error) for run in runs}
     return {}
 
 
-def attempt_in_worker(runs: Sequence[RunConfig]) -> dict[str, str]:
+def attempt_in_worker(runs: Sequence[RunConfig], draw: Draw) -> dict[str, str]:
     """The same in a process that ends with the one that started it, however that ends."""
     if not any(thread.name == "parent" for thread in threading.enumerate()):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
-    return attempt(runs)
+    return attempt(runs, draw)
 
 
 def _end_with(parent: int) -> None:
@@ -106,16 +109,17 @@ class Here:
             ) from None
         self.gpu = torch.cuda.is_available()
 
-    def train(self, packs: Packs) -> dict[str, str]:
+    def train(self, packs: Packs, draw: Draw) -> dict[str, str]:
         """See Place. When a process is killed, all stop, and start anew with what is left, where each run continues."""
         if self.workers == 1:
-            return {name: reason for pack in packs for name, reason in attempt(pack).items()}
+            return {name: reason for pack in packs for name, reason in attempt(pack, draw).items()}
         failures: dict[str, str] = {}
         attempts = 0
         while packs and attempts < ATTEMPTS:
             before = progress(packs)
             try:
-                for found in Parallel(self.workers, batch_size=1)(map(delayed(attempt_in_worker), packs)):
+                calls = [delayed(attempt_in_worker)(pack, draw) for pack in packs]
+                for found in Parallel(self.workers, batch_size=1)(calls):
                     failures |= found
                 return failures
             except BrokenExecutor as error:
@@ -126,9 +130,12 @@ class Here:
         return failures | {run.name: reason for pack in packs for run in pack}
 
 
-def unfinished(packs: Packs) -> Packs:
-    """What is not complete."""
-    left = [[run for run in pack if not RunFolder(run).complete] for pack in packs]
+def unfinished(packs: Packs, settled: Collection[str] = ()) -> Packs:
+    """What is neither complete nor diverged, and not settled otherwise; these are names."""
+    left = [
+        [run for run in pack if run.name not in settled and not (RunFolder(run).complete or RunFolder(run).diverged)]
+        for pack in packs
+    ]
     return [pack for pack in left if pack]
 
 
