@@ -3,6 +3,7 @@
     python -m skiprnn.train model=skip_lstm model.cost_per_sample=1e-4
     python -m skiprnn.train -m model=skip_lstm,skip_gru seed=0,1,2,3
     python -m skiprnn.train -m experiment=table1 data=mnist profile=mnist/cpu
+    python -m skiprnn.train -m experiment=table1 data=mnist profile=mnist/paper hydra/launcher=slurm --detach
 
 See conf/README.md.
 """
@@ -24,7 +25,7 @@ CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
-def main(config: DictConfig) -> None:
+def train(config: DictConfig) -> None:
     """Train the run of a config; print what came of it. Sweeps (-m) go to hydra_plugins/skiprnn_sweeper.py."""
     job.quieten()
     try:
@@ -39,6 +40,12 @@ def main(config: DictConfig) -> None:
     best, score = record["best"], SCORES[record["task"]]
     results = f"test {score} {best['test'][score]:.4f}, state updates {best['test']['state_updates']:.1f}"
     print(f"{run.name}: {results} (epoch {best['epoch'] + 1}, best on validation)  {RunFolder(run).path}")
+
+
+def main() -> None:
+    """The command, from sys.argv: Hydra's, and --detach, which makes a sweep on a cluster submit and not wait."""
+    sys.argv[1:] = ["hydra.launcher.detach=true" if one == "--detach" else one for one in sys.argv[1:]]
+    train()
 
 
 if __name__ == "__main__":

@@ -4,20 +4,27 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from subprocess import CompletedProcess
 
 import hydra
 import pytest
+import torch
 from conftest import SMALL, command, compose
 from hydra.errors import HydraException
+from test_runs import assert_same_outcome
 
-from skiprnn import sweep, train
+from skiprnn import sweep
 from skiprnn.papers import experiments
-from skiprnn.training import cluster, config, workers
-from skiprnn.training.config import ConfigError
+from skiprnn.training import cluster, config, job, workers
+from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
@@ -26,16 +33,17 @@ SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "see
 KILLED_SWEEP = """
 import os, signal, sys
 from skiprnn import train
+from skiprnn.training import job
 
 count = int(sys.argv.pop(1))
-make_trainer = train.make_trainer
+make_trainer = job.make_trainer
 def killed(*arguments):
     global count
     count -= 1
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return make_trainer(*arguments)
-train.make_trainer = killed
+job.make_trainer = killed
 train.main()
 """
 
@@ -177,6 +185,88 @@ def test_sweep_outlives_killed_workers(tmp_path):
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=3, epochs=3)
 
 
+def processes_of(group: int) -> list[int]:
+    """The live ones of a process group."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group, *_ = file.read_text().rsplit(")", 1)[1].split()
+            if int(its_group) == group and state != "Z":
+                found.append(int(file.parent.name))
+    return found
+
+
+def wait_until(holds, process, seconds: float = 300) -> None:
+    """Poll until something holds that another process brings about; fail after so many seconds."""
+    for _ in range(int(seconds / 0.1)):
+        if holds():
+            return
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        signal.sigtimedwait([], 0.1 if process.poll() is not None else 0)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_sweep(number, tmp_path):
+    launcher = ["hydra/launcher=processes", "hydra.launcher.n_jobs=2", *SMALL, "training.epochs=1000000"]
+    program = [sys.executable, "-m", "skiprnn.train", "-m", "model=skip_lstm", "seed=0,1", *launcher]
+    sweep = subprocess.Popen([*program, f"output={tmp_path}"], start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2, sweep)
+        assert len(processes_of(sweep.pid)) > 2
+        sweep.send_signal(number)
+        assert sweep.wait() == -number
+        wait_until(lambda: not processes_of(sweep.pid), sweep)
+    finally:
+        for pid in processes_of(sweep.pid):
+            os.kill(pid, signal.SIGKILL)
+    for run in (one.run for seed in (0, 1) for one in planned_runs("model=skip_lstm", f"seed={seed}", *launcher[2:])):
+        folder = RunFolder(replace(run, output=str(tmp_path)))
+        folder.open().release()
+        assert folder.checkpoint(folder.last)["epoch"] >= 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path):
+    """A sweep of 8 runs, killed with all its processes at 20 random moments, ends as an undisturbed one."""
+    options = ["model=skip_lstm,random_skip_gru", "seed=range(4)", *SMALL, "training.epochs=150"]
+    program = [
+        sys.executable,
+        "-m",
+        "skiprnn.train",
+        "-m",
+        *options,
+        "hydra/launcher=processes",
+        "hydra.launcher.n_jobs=2",
+    ]
+    output = {name: tmp_path / name for name in ("killed", "undisturbed")}
+    assert command(*options, f"output={output['undisturbed']}").returncode == 0
+    random, kills = Random(0), 0
+
+    def epochs() -> int:
+        return sum(file.read_bytes().count(b"\n") - 1 for file in output["killed"].rglob("metrics.csv"))
+
+    while True:
+        sweep = subprocess.Popen([*program, f"output={output['killed']}"], start_new_session=True)
+        enough = epochs() + random.randint(0, 3)
+        if kills < 20:
+            wait_until(lambda enough=enough: epochs() > enough, sweep)
+            with suppress(subprocess.TimeoutExpired):
+                sweep.wait(random.uniform(0, 0.3))
+            os.killpg(sweep.pid, signal.SIGKILL)
+            kills += 1
+        if sweep.wait() == 0:
+            break
+    assert kills == 20
+    for file in sorted(output["undisturbed"].rglob("record.json")):
+        run = RunConfig.of(json.loads(file.read_text())["config"])
+        killed, undisturbed = (RunFolder(replace(run, output=str(output[name]))) for name in output)
+        assert_same_outcome(killed, undisturbed)
+    assert len(list(output["killed"].rglob("record.json"))) == 8
+    assert not list(output["killed"].glob("*/*/*/.*.*.*")), "leftovers"
+
+
 @pytest.mark.parametrize(
     "options",
     [["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"], ["seed=0"]],
@@ -188,7 +278,7 @@ def test_interrupted_by_its_user(options, tmp_path):
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # however the tests were started
     stopped = command(*arguments, env=environment, preexec_fn=listening)
     assert stopped.returncode == 1
-    assert stopped.stderr.splitlines()[-1] == train.INTERRUPTED, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == job.INTERRUPTED, stopped.stderr
     assert command(*arguments).returncode == 0
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2 if "-m" in options else 1, epochs=3)
 
@@ -238,15 +328,16 @@ def test_sweep_gives_up_when_no_run_gets_further(tmp_path, monkeypatch):
     (one,) = planned_runs(f"output={tmp_path}")
     dying = DyingWorkers(finished=0)
     monkeypatch.setattr(workers, "Parallel", dying)
-    assert workers.Here(2).train([[one.run]]) == {one.run.name: "a worker died"}
+    assert workers.Here(2).train([[one.run]], None) == {one.run.name: "a worker died"}
     assert len(dying.launches) == workers.ATTEMPTS
 
 
 def test_sweep_starts_again_with_what_is_left(tmp_path, monkeypatch):
     todo = [one.run for seed in range(5) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
+    monkeypatch.setattr(RunFolder, "complete", property(lambda folder: folder.record_file.exists()))
     dying = DyingWorkers(finished=1)
     monkeypatch.setattr(workers, "Parallel", dying)
-    assert workers.Here(2).train([[run] for run in todo]) == {}
+    assert workers.Here(2).train([[run] for run in todo], None) == {}
     assert dying.launches == [5, 4, 3, 2, 1]
 
 
@@ -356,13 +447,13 @@ def test_unknown_setting_of_submitit():
 
 
 def test_processes_take_turns_over_the_gpus(monkeypatch):
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     (planned,) = planned_runs("device=auto")
     devices = []
     for name in ("MainProcess", "LokyProcess-1", "LokyProcess-2", "LokyProcess-3"):
         monkeypatch.setattr(multiprocessing.current_process(), "name", name)
-        devices.append(str(train.device_of(planned.run)))
+        devices.append(str(job.device_of(planned.run)))
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 

@@ -402,7 +402,8 @@ class Cluster:
         """
         from submitit.core.utils import FailedJobError
 
-        path = os.pathsep.join(filter(None, [str(self.code), os.environ.get("PYTHONPATH")]))
+        # the current folder last: a data set may be the user's own
+        path = os.pathsep.join(filter(None, [str(self.code), os.environ.get("PYTHONPATH"), str(Path.cwd())]))
         python = shlex.join(["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", sys.executable])
         jobs: list[Submitted] = []
         size = self.max_jobs or len(chunks)
