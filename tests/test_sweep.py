@@ -137,14 +137,14 @@ def test_bad_input_to_all_tables_gets_one_line(arguments, message, monkeypatch):
         sweep.main(arguments)
 
 
-# Python runs this when a process starts: the first ones to write a checkpoint get SIGNALS, one each.
+# Python runs this when a process starts: the first ones to write a file of that NAME get SIGNALS, one each.
 INTERRUPTED = """
 import os, pathlib, signal
 
 replace = pathlib.Path.replace
 def replace_and_be_interrupted(self, target):
     result = replace(self, target)
-    if pathlib.Path(target).name == "last.ckpt":
+    if pathlib.Path(target).name == os.environ["NAME"]:
         for number, name in enumerate(os.environ["SIGNALS"].split()):
             try:
                 pathlib.Path(__file__).with_name(f"{number}.sent").touch(exist_ok=False)
@@ -157,12 +157,12 @@ pathlib.Path.replace = replace_and_be_interrupted
 """
 
 
-def interrupted(folder, *signals: str) -> dict[str, str]:
-    """The environment in which processes are interrupted once they have written a checkpoint."""
+def interrupted(folder, *signals: str, name: str = "last.ckpt") -> dict[str, str]:
+    """The environment in which processes are interrupted once they have written a file."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(INTERRUPTED)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "SIGNALS": " ".join(signals)}
+    return os.environ | {"PYTHONPATH": path, "SIGNALS": " ".join(signals), "NAME": name}
 
 
 def assert_no_epoch_was_repeated(output, runs: int, epochs: int) -> None:
@@ -297,6 +297,40 @@ def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2, epochs=3)
 
 
+LOCAL = ["hydra/launcher=slurm", "hydra.launcher.cluster=local"]
+
+
+def test_jobs_whose_time_is_always_up_too_early_are_given_up(tmp_path):
+    environment = interrupted(tmp_path / "signals", *["SIGUSR2"] * 3, name="config.yaml")
+    done = command("-m", "model=skip_lstm", "seed=0", *SMALL, *LOCAL, f"output={tmp_path / 'runs'}", env=environment)
+    assert done.returncode == 1
+    assert "was up before it came further" in done.stdout, "said after the first time"
+    reason = "3 times its time was up before it came further: raise hydra.launcher.timeout_min"
+    assert reason in done.stderr.splitlines()[-1]
+
+
+def test_jobs_are_found_again(tmp_path):
+    arguments = ["-m", "model=skip_lstm", "seed=0,1", *SMALL, "training.epochs=1000000", *LOCAL, f"output={tmp_path}"]
+    program = [sys.executable, "-m", "skiprnn.train", *arguments]
+    first = subprocess.Popen(program, start_new_session=True, stdout=subprocess.DEVNULL)
+    second = None
+    try:
+        wait_until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2, first)
+        first.kill()
+        first.wait()
+        second = subprocess.Popen(program, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        for line in second.stdout:
+            if "jobs" in line:
+                break
+        assert line == "2 runs are in jobs that were submitted before\n"
+    finally:
+        for group in [one.pid for one in (first, second) if one]:
+            for pid in processes_of(group):
+                os.kill(pid, signal.SIGKILL)
+        if second:
+            second.communicate()
+
+
 COST = "model.cost_per_sample"
 
 
@@ -389,7 +423,7 @@ def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
         experiments.save_plan(None, "seed=0,3 threads=1", planned)
-    (saved,) = experiments.saved_plans(tmp_path)
+    (saved,) = experiments.saved_plans(tmp_path, pytest.fail)
     assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, command
 from daemons import PROGRAMS, Slurm
+from test_runs import assert_same_outcome
 from test_sweep import interrupted
+
+from skiprnn.training.config import RunConfig
+from skiprnn.training.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.mem_gb=1"]
@@ -251,11 +255,35 @@ def test_short_runs_share_jobs_and_arrays_overlap(slurm, login, tmp_path):
     assert len(one.jobs()) == 2
 
 
-def test_a_run_whose_time_was_up_ends_as_an_undisturbed_one(login, tmp_path, small_run):
+def test_a_run_whose_time_was_up_ends_as_an_undisturbed_one(login, tmp_path):
     arguments = ["model=random_skip_lstm", "training.epochs=3", "threads=1"]
     told = interrupted(tmp_path / "signals", "SIGUSR2")
     one = login(*arguments, "seed=0", environment=told)
     assert one.ends() == 0, one.text()
-    logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
-    assert "Requeued job" in logs
+    assert "Requeued job" in "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
     assert len(one.jobs()) == 1
+    assert_as_undisturbed(tmp_path, *arguments)
+
+
+@pytest.mark.slow
+def test_a_time_limit_shorter_than_an_epoch(login, tmp_path):
+    """Every job adds some batches."""
+    epoch = ["data=adding", "profile=adding/smoke", "data.length=200", "data.batches_per_epoch=4000", "threads=1"]
+    arguments = ["model=random_skip_lstm", *epoch, "training.epochs=1", "training.train_batches=null"]
+    one = login(*arguments, "seed=0", "hydra.launcher.timeout_min=2", "hydra.launcher.slurm_signal_delay_s=60")
+    until(lambda: one.process.poll() is not None, one.text, seconds=3600)
+    assert one.process.returncode == 0, one.text()
+    logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
+    assert logs.count("Requeued job") > 1
+    assert len(one.jobs()) == 1
+    assert_as_undisturbed(tmp_path, *arguments)
+
+
+def assert_as_undisturbed(folder: Path, *arguments: str) -> None:
+    """The one run in a folder ended as one on this machine to which nothing happened."""
+    (file,) = (folder / "runs").rglob("record.json")
+    record = json.loads(file.read_text())
+    outputs = [RunConfig.of(record["config"], output=str(folder / name)) for name in ("runs", "undisturbed")]
+    done = command(*TINY, *arguments, "seed=0", f"output={folder / 'undisturbed'}")
+    assert done.returncode == 0, done.stderr
+    assert_same_outcome(*map(RunFolder, outputs))
