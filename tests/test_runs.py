@@ -140,6 +140,79 @@ def test_a_run_of_an_earlier_version_continues_to_the_same_end(folder, overrides
     assert record["commits"][0]["commit"].startswith("6aa0366")
 
 
+DRAWING = ["model=random_skip_gru", "model.dropout=0.2", "training.epochs=3"]  # of which every step draws
+
+
+@pytest.fixture
+def ending(monkeypatch):
+    """A function: (hook, count) -> training is told to end (SIGTERM) in the count-th call of the hook from now on.
+
+    Batches that are trained are counted in `trained`."""
+
+    def end(hook: str, count: int) -> None:
+        left = iter(range(count, 0, -1))
+
+        def ending_hook(self, batches, *arguments):
+            end.trained += bool(batches) and hook == "training_step"
+            if next(left, 0) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return untouched[hook](self, batches, *arguments)
+
+        monkeypatch.setattr(SideBySide, hook, ending_hook)
+
+    untouched = {hook: getattr(SideBySide, hook) for hook in ("training_step", "validation_step")}
+    end.trained = 0
+    return end
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize(
+    ("hook", "count", "batches"),
+    [
+        ("training_step", 2, 2),
+        ("training_step", 8, 3),
+        ("training_step", 5, 5),
+        ("validation_step", 3, 5),
+        ("validation_step", 4, 0),
+    ],
+)
+def test_told_to_end_a_run_goes_on_from_its_last_batch(hook, count, batches, side_by_side, small_run, tmp_path, ending):
+    """5 batches are an epoch's training, 2 its validation."""
+    told, undisturbed = (
+        [small_run(*DRAWING, f"seed={seed}", f"output={tmp_path / name}") for seed in range(side_by_side)]
+        for name in ("told", "undisturbed")
+    )
+    job.train(undisturbed)
+    ending(hook, count)
+    with pytest.raises(KeyboardInterrupt):
+        job.train(told)
+    for run in told:
+        last = runs.RunFolder(run).checkpoint(runs.RunFolder(run).last)
+        assert last.get("within_epoch", {"batches": 0})["batches"] == batches
+    ending("training_step", 0)
+    before = ending.trained
+    job.train(told)
+    trained_before = 5 * (last["epoch"] + 1) + batches
+    assert ending.trained - before == 15 - trained_before, "no batch is trained twice"
+    for one, other in zip(told, undisturbed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
+def test_runs_that_were_ended_at_different_batches_catch_up(small_run, tmp_path, ending):
+    ended, undisturbed = (
+        [small_run(*DRAWING, f"seed={seed}", f"output={tmp_path / name}") for seed in range(3)]
+        for name in ("ended", "undisturbed")
+    )
+    job.train(undisturbed)
+    for run, count in zip(ended, (7, 9, 10), strict=True):
+        ending("training_step", count)
+        with pytest.raises(KeyboardInterrupt):
+            job.train([run])
+    job.train(ended)
+    for one, other in zip(ended, undisturbed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
 def test_same_command_gives_the_same_record(unbroken, small_run):
     run = small_run(*MODEL)
     record = trained(run)

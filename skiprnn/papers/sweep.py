@@ -2,12 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from pathlib import Path
 
-from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -19,91 +17,60 @@ from skiprnn.training import job
 from skiprnn.training.config import RunConfig
 from skiprnn.training.estimate import seconds_per_epoch
 from skiprnn.training.folder import duration
+from skiprnn.training.job import Draw
+from skiprnn.training.workers import Place, packed
 
 ROWS_TOLD = 40  # more of them are summed up by data set and model
-ATTEMPTS = 3  # launches that bring no run further, before a sweep gives up
 
 
 def run(
     grid: Sequence[Sequence[str]],
     compose: Callable[[Sequence[str]], DictConfig],
-    launch: Callable[[list[list[str]]], Sequence[Any]],
-    workers: int = 1,
-    command: str = "",
-    here: bool = True,
-    gpu: bool = False,
+    find_place: Callable[[Path], Place],
+    command: str,
+    draw: Draw,
 ) -> None:
     """Carry out a sweep; exits with status 1 if a run failed, after all others were tried.
 
     A run that diverged is done: it is told, in every sweep, and not repeated.
 
     Args:
-        grid: combinations of overrides, one job each (one per row and seed for an experiment).
+        grid: combinations of overrides, one run each (one per row and seed for an experiment).
         compose: Hydra's composition.
-        launch: Hydra's launcher: jobs' overrides -> their JobReturns.
-        workers: jobs that the launcher runs at once, for the estimate.
+        find_place: where to train runs whose folders are in a folder.
         command: the overrides as typed.
-        here: the runs will be on this machine, so that an epoch can be timed on it.
-        gpu: jobs have a GPU.
+        draw: the picture of what a network uses, for the run folder.
     """
     job.quieten()
     try:
         name = compose(grid[0])["experiment"]
         experiment = experiments.load(name) if name else None
         planned = experiments.plan(experiment, grid, compose)
+        place = find_place(Path(planned[0].run.output))
         todo = [one for one in planned if not one.folder.complete and not one.folder.diverged]
         experiments.save_plan(experiment, command, planned)
         prepare(todo)
-        seconds = tell_plan(planned, todo, workers, here)
+        seconds = tell_plan(planned, todo, place)
         # the longest first: none is left alone at the end
         todo.sort(key=lambda one: -seconds.get(kind_of(one), 0) * (one.run.training.epochs - one.folder.epochs_done()))
-        reasons = launch_all(todo, launch, gpu)
+        reasons = place.train(packed([one.run for one in todo], place.gpu), draw)
     except job.USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(job.INTERRUPTED)
+    if reasons is None:
+        return
     if experiment:
         print()
         print(tables.publish(experiment, planned))
     failures = [
-        f"  {one.run.name}: {one.folder.failure or reasons.get(one.run.name)}"
+        f"  {one.run.name}: {reasons.get(one.run.name) or one.folder.failure}"
         f"{f'; delete {one.folder.failure_file} to try again' if one.folder.diverged else ''}"
         for one in planned
         if not one.folder.complete
     ]
     if failures:
         sys.exit("\n".join([f"error: {len(failures)} of {len(planned)} runs failed:", *failures]))
-
-
-def launch_all(
-    todo: Sequence[PlannedRun], launch: Callable[[list[list[str]]], Sequence[Any]], gpu: bool = False
-) -> dict[str, str]:
-    """Launch runs; returns what the launcher says of those that failed, by name.
-
-    A launcher gives up all its runs when one of its processes is killed. It is then started anew with what is left,
-    where each run continues.
-    """
-    attempts = 0
-    while todo:
-        before = {one.run.name: one.folder.epochs_done() for one in todo}
-        try:
-            packs = packed(todo, gpu)
-            returns = launch([overrides(pack) for pack in packs])
-        except BrokenExecutor as error:
-            gained = any(one.folder.complete or one.folder.epochs_done() > before[one.run.name] for one in todo)
-            todo = [one for one in todo if not one.folder.complete and not one.folder.diverged]
-            attempts = 0 if gained else attempts + 1
-            if attempts == ATTEMPTS:
-                return {one.run.name: str(error).splitlines()[0] for one in todo}
-            print(f"a process was killed; {len(todo)} runs are left, and continue", flush=True)
-            continue
-        return {
-            one.run.name: str(result._return_value)
-            for pack, result in zip(packs, returns, strict=True)
-            for one in pack
-            if result.status != JobStatus.COMPLETED
-        }
-    return {}
 
 
 def prepare(todo: Sequence[PlannedRun]) -> None:
@@ -118,33 +85,7 @@ def kind_of(one: PlannedRun) -> str:
     return repr((one.run.data, model, one.run.training))
 
 
-def packed(todo: Sequence[PlannedRun], gpu: bool) -> list[list[PlannedRun]]:
-    """The runs of each job: seeds of a row side by side, as many as `pack` says or, on a GPU, all of them.
-
-    A process has one wandb page at a time: runs with a page are alone.
-    """
-    jobs: list[list[PlannedRun]] = []
-    latest: dict[str, list[PlannedRun]] = {}  # the job of each row that may take another run
-    for one in todo:
-        alone = "wandb" in one.run.logger
-        size = 1 if alone else one.run.pack or (len(todo) if gpu and one.run.device != "cpu" else 1)
-        row = repr(replace(one.run, seed=0))
-        if row not in latest or len(latest[row]) >= size:
-            latest[row] = []
-            jobs.append(latest[row])
-        latest[row].append(one)
-    return jobs
-
-
-def overrides(pack: Sequence[PlannedRun]) -> list[str]:
-    """What makes a job of these runs."""
-    if len(pack) == 1:
-        return [*pack[0].overrides, "pack=1"]
-    seeds = ",".join(str(one.run.seed) for one in pack)
-    return [*pack[0].overrides, f"pack={len(pack)}", f"seeds=[{seeds}]"]
-
-
-def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers: int, here: bool) -> dict[str, float]:
+def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: Place) -> dict[str, float]:
     """Print rows, seeds, epochs, the estimated time and where results go, before anything long starts.
 
     Returns:
@@ -155,14 +96,14 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers
     rows = [list(group) for _, group in groupby(planned, lambda one: one.row.label)]
     if len(rows) > ROWS_TOLD:
         rows = [list(group) for _, group in groupby(sorted(planned, key=kind_of), kind_of)]
-    table = Table("row", "seeds", "epochs", "complete", *(["estimate"] if here else []))
+    table = Table("row", "seeds", "epochs", "complete", *(["estimate"] if place.here else []))
     alike: dict[str, list[RunConfig]] = {}
     for one in todo:
         alike.setdefault(kind_of(one), []).append(one.run)
     measured: dict[str, float] = {}
     total = 0.0
     with console.status("measuring a few steps of each row"):
-        for kind, runs in alike.items() if here else ():
+        for kind, runs in alike.items() if place.here else ():
             measured[kind] = seconds_per_epoch(runs[len(runs) // 2])  # once for all λ and p_skip, in the middle
     for group in rows:
         left = [one for one in group if one.run.name in incomplete]
@@ -179,11 +120,11 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], workers
             ", ".join(map(str, seeds)),
             str(group[0].run.training.epochs),
             f"{len(group) - len(left) - diverged} / {len(group)}{f', {diverged} diverged' if diverged else ''}",
-            *([duration(seconds) if left else ""] if here else []),
+            *([duration(seconds) if left else ""] if place.here else []),
         )
     console.print(table)
-    at_once = f", {workers} at once" if workers > 1 else ""
-    estimate = f": about {duration(total / min(workers, len(todo)))}" if todo and here else ""
+    at_once = f", {place.workers} at once" if place.workers > 1 else ""
+    estimate = f": about {duration(total / min(place.workers, len(todo)))}" if todo and place.here else ""
     output = planned[0].run.output
     console.print(
         f"{len(todo)} of {len(planned)} runs to do{at_once if todo else ''}{estimate}; run folders in {output}/. "

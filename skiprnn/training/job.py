@@ -5,7 +5,9 @@ The only place that instantiates what a config names.
 
 import logging
 import multiprocessing
+import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,8 +41,14 @@ def device_of(run: RunConfig) -> torch.device:
     """The device that `device` stands for.
 
     Raises:
-        ConfigError: cuda without a GPU.
+        ConfigError: cuda without a GPU; or SLURM gave one, and torch does not see it: no weeks on a CPU then.
     """
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    if given and run.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{socket.gethostname()}: the job has a GPU and torch {torch.__version__} sees none; "
+            "hydra.launcher.gpus_per_node=0 trains on CPUs"
+        )
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
     if run.device == "cpu" or not torch.cuda.is_available():
@@ -54,14 +62,14 @@ def prepare_process(run: RunConfig) -> None:
     slow beyond measure on a CPU."""
     provenance.code_version()  # asked before the run, not after it
     torch.set_flush_denormal(True)
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    if threads := run.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
+        torch.set_num_threads(threads)
 
 
 def quieten() -> None:
     """Lightning's remarks on its own set-up say nothing to our users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
 def make_data(run: RunConfig) -> SequenceData:
@@ -157,10 +165,10 @@ def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str,
 def _advance(folders: Sequence[RunFolder], draw: Draw | None) -> None:
     """Train the runs that lag behind as far as the next one is, or else all to the end and write their records."""
     checkpoints = [folder.checkpoint(folder.last) if folder.last.exists() else None for folder in folders]
-    done = [0 if checkpoint is None else checkpoint["epoch"] + 1 for checkpoint in checkpoints]
-    behind = [(f, c) for f, c, epochs in zip(folders, checkpoints, done, strict=True) if epochs == min(done)]
+    done = [progress_of(checkpoint) for checkpoint in checkpoints]
+    behind = [(f, c) for f, c, one in zip(folders, checkpoints, done, strict=True) if one == min(done)]
     epochs = folders[0].run.training.epochs
-    until = min((epochs for epochs in done if epochs > min(done)), default=epochs)
+    until = min((epoch + (batches > 0) for epoch, batches in done if (epoch, batches) > min(done)), default=epochs)
     modules, keepers = [], []
     callbacks: list[lightning.Callback] = []
     try:
@@ -175,7 +183,7 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None) -> None:
                 restore(folder, checkpoint, module, keeper)
         trainer = make_trainer(folders[0].run, modules[0].device, until, callbacks)
         progress: Any = trainer.fit_loop.epoch_progress.current
-        progress.processed = progress.completed = min(done)
+        progress.processed = progress.completed = min(done)[0]
         fit(trainer, SideBySide(modules))
         if until == epochs:
             for keeper in keepers:
@@ -190,6 +198,13 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None) -> None:
         wandb_page.close_page(complete)
 
 
+def progress_of(checkpoint: dict[str, Any] | None) -> tuple[int, int]:
+    """Epochs, and batches of the next one, that a last.ckpt holds."""
+    if checkpoint is None:
+        return 0, 0
+    return checkpoint["epoch"] + 1, checkpoint.get("within_epoch", {"batches": 0})["batches"]
+
+
 def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModule, keeper: RunKeeper) -> None:
     """Go on from the run's last checkpoint.
 
@@ -200,7 +215,7 @@ def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModul
     try:
         (state,) = checkpoint["optimizer_states"]
         module.adam.load_state_dict(state)
-        keeper.restore(checkpoint["callbacks"][RunKeeper.__name__])
+        keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytorch_lightning as lightning
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from skiprnn.training import measures, provenance
 from skiprnn.training.folder import RunFolder, duration, read_metrics, write_atomically
@@ -65,16 +66,20 @@ class RunKeeper(lightning.Callback):
         self.commits: list[dict[str, Any] | None] = [provenance.code_version()]  # that trained it, one after the other
         self.started = self.told = time.perf_counter()
         self.train_seconds = self.started_cpu = 0.0
+        self.spent = (0.0, 0.0)  # seconds and CPU seconds on this epoch, by an earlier process
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Go on from what a checkpoint has kept."""
+    def restore(self, kept: dict[str, Any], within_epoch: dict[str, Any] | None) -> None:
+        """Go on from what a checkpoint has kept, also within an epoch."""
+        if within_epoch:
+            self.spent, self.module.begun = within_epoch["spent"], within_epoch
         for name in self.KEPT:
             setattr(self, name, kept.get(name, []))  # older checkpoints name no commits
         if (now := provenance.code_version()) not in self.commits[-1:]:
             self.commits = [*self.commits, now]
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        self.started, self.started_cpu = time.perf_counter(), time.process_time()
+        self.started, self.started_cpu = time.perf_counter() - self.spent[0], time.process_time() - self.spent[1]
+        self.spent = (0.0, 0.0)
 
     def on_validation_start(self, trainer, module) -> None:
         self.module.results("train")  # stops a diverged run before time goes into validation; waits for the device
@@ -101,18 +106,32 @@ class RunKeeper(lightning.Callback):
             logger.log_metrics(row, step=epoch)
         key = measures.SCORES[task]
         score = self.final["validation"][key]
-        weights = {"epoch": epoch, "state_dict": self.module.state_dict()}
         # while λ counts as 0 the run is not yet what it is measured as
         if epoch >= self.folder.run.training.cost_free_epochs and (
             self.best is None
             or measures.BETTER[task](score, self.best["validation"][key]) != self.best["validation"][key]
         ):
             self.best = self.final
-            self.folder.save(self.folder.best, weights)
-        kept = {name: getattr(self, name) for name in self.KEPT}
-        rest = {"optimizer_states": [self.module.adam.state_dict()], "callbacks": {type(self).__name__: kept}}
-        self.folder.save(self.folder.last, weights | rest)
+            self.folder.save(self.folder.best, {"epoch": epoch, "state_dict": self.module.state_dict()})
+        self._save(epoch)
+        self.module.batches = 0
         self._tell(epoch, key, seconds)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        """Told to end (SIGTERM), which Lightning does after a batch: the run goes on from that one."""
+        if isinstance(exception, SIGTERMException) and self.module.batches:
+            spent = (time.perf_counter() - self.started, time.process_time() - self.started_cpu)
+            self._save(trainer.current_epoch - 1, within_epoch=self.module.within_epoch() | {"spent": spent})
+
+    def _save(self, epoch: int, **more: Any) -> None:
+        """Write last.ckpt, of an epoch's end or of a batch's in the next."""
+        content = {
+            "epoch": epoch,
+            "state_dict": self.module.state_dict(),
+            "optimizer_states": [self.module.adam.state_dict()],
+            "callbacks": {type(self).__name__: {name: getattr(self, name) for name in self.KEPT}},
+        }
+        self.folder.save(self.folder.last, content | more)
 
     def _tell(self, epoch: int, key: str, seconds: float) -> None:
         """Without a progress bar: a line now and then."""

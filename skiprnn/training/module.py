@@ -45,6 +45,8 @@ class SequenceModule(nn.Module):
         self.epoch = run.training.epochs - 1  # λ and the learning rate are this epoch's
         self.sums: dict[str, measures.EpochSums] = {}
         self.random_state = torch.Generator(self.device).get_state()
+        self.batches = 0  # of the epoch that are trained
+        self.begun: dict[str, Any] | None = None  # what `within_epoch` gave, to go on from
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +71,12 @@ class SequenceModule(nn.Module):
         share = min(1.0, done / (training.warmup_epochs + 1), left / (training.decay_epochs + 1))
         return training.learning_rate * share
 
+    def within_epoch(self) -> dict[str, Any]:
+        """What an epoch has come to besides weights and optimiser: plain values and tensors on the CPU."""
+        sums = self.sums["train"]
+        state = {"sums": sums.sums.cpu(), "examples": sums.examples, "random_state": self.random_state.cpu()}
+        return state | {"batches": self.batches}
+
     def begin(self, stage: str, epoch: int | None = None) -> None:
         """Start a stage's sums and its random numbers; training begins an epoch, the other stages have none."""
         if epoch is not None:
@@ -79,6 +87,13 @@ class SequenceModule(nn.Module):
         self.sums[stage] = measures.EpochSums(self.data.task, self.device)
         seed = stage_seed(self.run.seed, stage, epoch or 0)
         self.random_state = torch.Generator(self.device).manual_seed(seed).get_state()
+        if epoch is not None:
+            self.batches = 0
+            if self.begun:
+                self.sums[stage].sums += self.begun["sums"].to(self.device)
+                self.sums[stage].examples = self.begun["examples"]
+                self.random_state, self.batches = self.begun["random_state"], self.begun["batches"]
+                self.begun = None
 
     @contextmanager
     def randomness(self) -> Iterator[None]:
@@ -182,12 +197,15 @@ class SideBySide(lightning.LightningModule):
         return losses
 
     def training_step(self, batches: Sequence[Batch], batch_index: int = 0) -> None:
+        if not batches:  # trained before
+            return
         losses = self.losses(batches, "train")
         torch.stack(losses).sum().backward()  # a run's gradient is that of its own loss
         for run in self.runs:
             nn.utils.clip_grad_norm_(run.parameters(), run.run.training.gradient_clip)
             run.adam.step()
             run.adam.zero_grad()
+            run.batches += 1
 
     def validation_step(self, batches: Sequence[Batch], batch_index: int = 0) -> None:
         self.losses(batches, "validation")
@@ -211,20 +229,29 @@ class SideBySide(lightning.LightningModule):
         return [run.adam for run in self.runs]
 
     def train_dataloader(self) -> Iterable:
-        return _SideBySide(self.runs, lambda run: run.data.training_batches(self.current_epoch))
+        return _SideBySide(self.runs, lambda run: run.data.training_batches(self.current_epoch), trained=True)
 
     def val_dataloader(self) -> Iterable:
         return _SideBySide(self.runs, lambda run: run.data.evaluation_batches("validation"))
 
 
 class _SideBySide:
-    """A batch of each run at a time; asked for anew in each epoch, when the first one is wanted."""
+    """A batch of each run at a time; asked for anew in each epoch, when the first one is wanted.
 
-    def __init__(self, runs: Sequence[SequenceModule], batches: Callable[[SequenceModule], Batches]):
-        self.runs, self.batches = runs, batches
+    Args:
+        trained: those that the epoch has trained before, as its runs count them, are there without content, for
+            Lightning counts them.
+    """
+
+    def __init__(
+        self, runs: Sequence[SequenceModule], batches: Callable[[SequenceModule], Batches], trained: bool = False
+    ):
+        self.runs, self.batches, self.trained = runs, batches, trained
 
     def __len__(self) -> int:
         return len(self.batches(self.runs[0]))
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        yield from map(list, zip(*map(self.batches, self.runs), strict=True))
+        done = self.runs[0].batches if self.trained else 0
+        for index, batches in enumerate(zip(*map(self.batches, self.runs), strict=True)):
+            yield list(batches) if index >= done else []

@@ -1,6 +1,7 @@
 """Where a result comes from: the commit, the versions, the machine."""
 
 import functools
+import json
 import platform
 import subprocess
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+SNAPSHOT = "snapshot.json"  # in a copy of this package outside its repository: the code_version that it is of
 RECORDED_PACKAGES = ("skiprnn", "torch", "pytorch-lightning", "numpy")
 
 
@@ -20,6 +22,8 @@ def code_version() -> dict[str, Any] | None:
     None where no repository tracks this package: an installed one may lie inside somebody else's.
     """
     package = Path(__file__).parents[1]
+    if (file := package / SNAPSHOT).exists():
+        return json.loads(file.read_text())
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package.parent), *arguments]
