@@ -1,13 +1,27 @@
 """Hydra's launcher for a cluster: a submitit job per run, which outlives time-outs, preemption and dead jobs."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
-from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
+from hydra.plugins.launcher import Launcher
+
+try:
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
+except ModuleNotFoundError:
+
+    class BaseSubmititLauncher(Launcher):  # type: ignore[no-redef]
+        """In its place without the extra: Hydra imports all plugins at every start."""
+
+        def __init__(self, **settings: Any):
+            sys.exit("error: hydra/launcher=slurm needs submitit: pip install 'skiprnn[slurm]'")
+
+        def setup(self, **context: Any) -> None:
+            """Never reached."""
 
 
 class SubmititLauncher(BaseSubmititLauncher):

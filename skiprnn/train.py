@@ -49,7 +49,6 @@ from skiprnn.training.module import DivergedError, SequenceModule
 from skiprnn.training.pack import PackCheckpointIO, PackedModule, PackKeeper, RunDivergedError
 from skiprnn.views import wandb_page as watch
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 USER_ERRORS = (ConfigError, DataError, DivergedError)  # one line says it all; everything else keeps its traceback
 INTERRUPTED = "interrupted: the same command continues"
 
@@ -341,7 +340,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+@hydra.main(version_base="1.3", config_path=str(configs.packaged("conf")), config_name="config")
 def main(config: DictConfig) -> dict[str, Any] | None:
     quieten()
     try:
