@@ -8,12 +8,18 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, compose
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from skiprnn import SkipLSTM
 from skiprnn import __main__ as console
+from skiprnn.data.base import DataError
+from skiprnn.data.imdb import IMDb
+from skiprnn.data.ucf101.extract import extract
 from skiprnn.papers import experiments
+from skiprnn.training import config
+from skiprnn.views import wandb_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -136,8 +142,8 @@ def test_an_unknown_command_is_told_the_known(monkeypatch):
 
 
 def test_a_command_gets_its_arguments(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["skiprnn", "tables", "profile=digits/smoke"])
-    with pytest.raises(SystemExit, match=r"^error: experiment=NAME is missing: which table"):
+    monkeypatch.setattr(sys, "argv", ["skiprnn", "tables", "experiment=nowhere"])
+    with pytest.raises(SystemExit, match=r"^error: experiment=nowhere: there are"):
         console.main()
     monkeypatch.setattr(sys, "argv", ["skiprnn", "bench", "--help"])
     with pytest.raises(SystemExit):
@@ -152,6 +158,21 @@ def test_a_command_without_its_extra_says_which(monkeypatch):
     expected = r"^error: skiprnn dashboard needs vl_convert: pip install 'skiprnn\[experiments\]'$"
     with pytest.raises(SystemExit, match=expected):
         console.main()
+
+
+@pytest.mark.parametrize(
+    ("library", "extra", "use"),
+    [
+        ("safetensors", "experiments", lambda: SkipLSTM.from_pretrained("model.safetensors")),
+        ("gensim", "text", lambda: IMDb(vectors="vectors.bin").embeddings()),
+        ("av", "video", lambda: extract(Path("videos"), Path("store"))),
+        ("wandb", "wandb", lambda: wandb_page.page_options(config.read(compose(["logger=[csv,wandb]"])))),
+    ],
+)
+def test_what_needs_an_extra_says_which(library, extra, use, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises((ValueError, DataError), match=rf"^[^\n]* needs? {library}: pip install 'skiprnn\[{extra}\]'$"):
+        use()
 
 
 OWN = {
