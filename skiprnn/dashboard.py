@@ -175,16 +175,10 @@ def page(output: Path, tell: Tell) -> str:
 
 
 def workspace(entity: str, project: str) -> Any:
-    """The same views as a wandb workspace, not yet saved: trade-off, learning, used samples.
+    """The same views as a wandb workspace, not yet saved: trade-off, learning, used samples."""
+    from wandb_workspaces import workspaces
+    from wandb_workspaces.reports import v2 as panels
 
-    Raises:
-        ConfigError: wandb-workspaces is not installed.
-    """
-    try:
-        from wandb_workspaces import workspaces
-        from wandb_workspaces.reports import v2 as panels
-    except ImportError:
-        raise ConfigError("--wandb needs wandb's own library: pip install wandb-workspaces") from None
     scores = {"accuracy": "accuracy", "mse": "mean squared error"}
     updates = panels.SummaryMetric("test/state_updates")
     tradeoff: list[Any] = [
@@ -224,13 +218,15 @@ def save_workspace(target: str) -> str:
     Raises:
         ConfigError: no library, no key, no such project, or no server.
     """
-    import wandb  # here, for it is slow to import and seldom wanted
-
     *entity, project = target.split("/")
     try:
+        import wandb  # here, for it is slow to import and seldom wanted
+
         if not wandb.login(prompt=False):
             raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
         return workspace(entity[0] if entity else wandb.Api().default_entity or "", project).save().url
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--wandb needs {error.name}: pip install 'skiprnn[wandb]'") from None
     except wandb.errors.Error as error:
         raise ConfigError(f"--wandb {target}: {str(error).splitlines()[0]}") from None
 

@@ -9,7 +9,6 @@ See conf/README.md.
 """
 
 import sys
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -21,10 +20,8 @@ from skiprnn.training.folder import RunFolder
 from skiprnn.training.measures import SCORES
 from skiprnn.views.samples import picture
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
-
-@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+@hydra.main(version_base="1.3", config_path=str(configs.packaged("conf")), config_name="config")
 def train(config: DictConfig) -> None:
     """Train the run of a config; print what came of it. Sweeps (-m) go to hydra_plugins/skiprnn_sweeper.py."""
     job.quieten()

@@ -18,8 +18,8 @@ import numpy as np
 from skiprnn import dashboard, tables
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import PlannedRun
+from skiprnn.training.config import packaged
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EPOCHS = 30
 
 
@@ -63,7 +63,7 @@ def told(what: str) -> Iterator[None]:
 
 def plan(combinations: Sequence[Sequence[str]]) -> list[PlannedRun]:
     """The runs of a grid, by Hydra's composition."""
-    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
         return experiments.plan(None, combinations, lambda overrides: hydra.compose("config", list(overrides)))
 
 

@@ -172,6 +172,6 @@ def test_workspace_without_a_key(wandb_library, monkeypatch, tmp_path):
 
 
 def test_workspace_without_the_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(ConfigError, match="pip install wandb-workspaces"):
-        dashboard.workspace("someone", "skiprnn")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"--wandb needs wandb: pip install 'skiprnn\[wandb\]'"):
+        dashboard.save_workspace("someone/skiprnn")

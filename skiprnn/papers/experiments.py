@@ -18,11 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skiprnn.training import config as configs
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
 
-FOLDER = Path(__file__).resolve().parents[2] / "experiments"
-CONF = FOLDER.with_name("conf")
+FOLDER, OWN = packaged("experiments"), Path("experiments")  # OWN: where a command is started
 HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
 COLUMNS = ("accuracy", "state_updates", "inference_flops")
 
@@ -71,26 +70,26 @@ class PlannedRun:
 
 
 def load(name: str) -> Experiment:
-    """Read experiments/NAME.yaml. `rows_of` takes the rows of another file, without its published numbers.
+    """Read experiments/NAME.yaml, ours or the user's own. `rows_of` takes the rows of another one without its published
+    numbers.
 
     Raises:
         ConfigError: no such file, or published deviations of an unknown number of runs.
     """
-    file = FOLDER / f"{name}.yaml"
-    if not file.exists():
-        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
-        raise ConfigError(f"experiment={name}: there are {known}")
-    content = _read(file)
+    files = {file.stem: file for folder in (OWN, FOLDER) for file in folder.glob("*.yaml")}
+    if name not in files:
+        raise ConfigError(f"experiment={name}: there are {', '.join(sorted(files))}")
+    content = _read(files[name])
     common = tuple(content.get("overrides", ()))
     if "rows_of" in content:
-        other = _read(FOLDER / f"{content['rows_of']}.yaml")["rows"]
+        other = _read(files[content["rows_of"]])["rows"]
         entries = [{"label": row["label"], "overrides": row["overrides"]} for row in other]
     else:
         entries = content["rows"]
     rows = tuple(Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in entries)
     runs = content.get("published_runs")
     if runs is None and any(isinstance(value, list) for row in rows for value in row.published.values()):
-        raise ConfigError(f"{file}: of how many runs are the published deviations? published_runs is missing")
+        raise ConfigError(f"{files[name]}: of how many runs are the published deviations? published_runs is missing")
     return Experiment(name, content["title"], content["source"], rows, tuple(content.get("columns", COLUMNS)), runs)
 
 
@@ -116,7 +115,7 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
 
     try:
         grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
             name = compose(grid[0])["experiment"]
             experiment = load(name) if name else None
             return experiment, plan(experiment, grid, compose), folders[-1] if folders else None

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from skiprnn.model.cells import CELLS
 from skiprnn.model.engines import ENGINES
 from skiprnn.model.policies import POLICIES
+
+
+def packaged(name: str) -> Path:
+    """The folder conf or experiments: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(folder for folder in (package / name, package.parent / name) if folder.is_dir())
 
 
 class ConfigError(ValueError):

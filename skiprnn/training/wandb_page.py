@@ -61,9 +61,15 @@ def page_options(run: RunConfig) -> dict[str, Any]:
     """What makes a run's wandb page: the run's identity, so that a resumed run continues it.
 
     Offline, without a question, where there is no key or no server; `wandb sync` takes it online later.
+
+    Raises:
+        ConfigError: wandb is not installed.
     """
     os.environ.setdefault("WANDB_SILENT", "true")  # a sweep has a thousand of them
-    import wandb  # here, for it is slow to import and seldom wanted
+    try:
+        import wandb  # here, for it is slow to import and seldom wanted
+    except ModuleNotFoundError:
+        raise ConfigError("logger=wandb needs wandb: pip install 'skiprnn[wandb]'") from None
 
     name = run.data["name"]
     options = {
