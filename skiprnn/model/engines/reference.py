@@ -43,18 +43,15 @@ def run(call: Call) -> Result:
 def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate, draw, valid):
     """One step of a stack whose layers update or copy together; every candidate reads the candidate below."""
     accumulated = policy.decide(gate, draw)
-    every_one = accumulated is None and valid is None
-    if accumulated is None:
-        accumulated = torch.ones_like(projected[:, :1])
-    u = decision(policy, policy.binarise(accumulated), valid)
-    if not every_one:  # a skipped sample gets no gradient, nor is it looked at, unless that of the decision asks for it
-        projected = torch.where(u == 0, projected.detach() if policy.learned else 0, projected)
     candidates = [cells[0].step(projected, states[0])]
     for cell, state in zip(cells[1:], states[1:], strict=True):
         candidates.append(cell(candidates[-1][0], state))
     updated = policy.after_update(gate, candidates[-1][-1])
-    if every_one:
-        return candidates, updated, u
+    if accumulated is None:
+        accumulated = torch.ones_like(projected[:, :1])
+        if valid is None:
+            return candidates, updated, accumulated
+    u = decision(policy, policy.binarise(accumulated), valid)
     after = mix(u, updated, policy.after_skip(gate, accumulated))
     if valid is not None:
         after = tuple(torch.where(valid, new, old) for new, old in zip(after, gate, strict=True))

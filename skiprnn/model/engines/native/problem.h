@@ -79,8 +79,8 @@ struct Layer {
 
     void pack_forward(bool projected) {
         if (!projected) input.pack_columns(I, I, input_rows_.data(), X);
-        recurrent.pack_columns(P, H, state_rows_.data(), R);
-        if (R < G * P) candidate.pack_columns(P, H, &state_rows_[R], P);
+        recurrent.pack_columns(H, H, state_rows_.data(), R);
+        if (R < G * P) candidate.pack_columns(H, H, &state_rows_[R], P);
     }
 
     void pack_backward(bool needs_input) {
