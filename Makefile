@@ -68,7 +68,7 @@ bench: install  ## time the engines against torch.nn; ARGS=--quick for minutes
 	$(RUN) -m skiprnn.bench $(ARGS)
 
 test: install lint  ## lint, types and the test suite
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q -n auto $(ARGS)
 
 test-wheel: install  ## build the wheel, install it in two fresh environments, try it there
 	$(RUN) tests/wheel.py
