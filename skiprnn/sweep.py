@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from skiprnn import tables, train
+from skiprnn import train
 from skiprnn.data.base import DataError
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import PlannedRun
+from skiprnn.papers import experiments, plan
+from skiprnn.papers.plan import PlannedRun
+from skiprnn.papers.table import publish
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import duration
 
@@ -51,9 +52,9 @@ def run(
     try:
         name = compose(grid[0])["experiment"]
         experiment = experiments.load(name) if name else None
-        planned = experiments.plan(experiment, grid, compose)
+        planned = plan.runs(experiment, grid, compose)
         todo = [one for one in planned if not one.folder.complete]
-        experiments.save_plan(experiment, command, planned)
+        plan.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, workers, here)
         # the longest first: none is left alone at the end
@@ -65,7 +66,7 @@ def run(
         sys.exit(train.INTERRUPTED)
     if experiment:
         print()
-        print(tables.publish(experiment, planned))
+        print(publish(experiment, planned))
     if failures:
         sys.exit("\n".join([f"error: {len(failures)} of {len(planned)} runs failed:", *failures]))
 
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str]) -> None:
         name, data = experiment.name, experiment.data
         command = [f"experiment={name}", f"data={data}", f"profile={data}/{profile}", *overrides]
         try:
-            planned = experiments.requested(command)[1]
+            planned = plan.requested(command)[1]
             prepare(planned)
             ready[name] = command
         except DataError as error:

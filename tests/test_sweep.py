@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.skiprnn_submitit import SubmititLauncher
 from skiprnn import sweep, train
-from skiprnn.papers import experiments
+from skiprnn.papers import experiments, plan
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError
 
@@ -210,8 +210,8 @@ def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
 COST = "model.cost_per_sample"
 
 
-def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
-    return experiments.plan(None, [list(overrides)], compose)
+def planned_runs(*overrides: str) -> list[plan.PlannedRun]:
+    return plan.runs(None, [list(overrides)], compose)
 
 
 def test_sweep_gives_up_when_no_run_gets_further(tmp_path):
@@ -269,7 +269,7 @@ def test_plan_reads_overrides_as_hydra_does(overrides):
         except (ConfigError, HydraException) as error:
             return type(error), str(error)
 
-    assert outcome(experiments._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+    assert outcome(plan._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
 
 
 def test_plan_composes_once_per_choice_of_groups(tmp_path):
@@ -282,7 +282,7 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
     costs, seeds = [f"model.cost_per_sample={n}e-6" for n in range(50)], [f"seed={n}" for n in range(4)]
     models = ["model=skip_lstm", "model=skip_gru"]
     grid = [[model, cost, seed] for model in models for cost in costs for seed in seeds]
-    planned = experiments.plan(None, grid, count)
+    planned = plan.runs(None, grid, count)
     assert len({one.run.name for one in planned}) == 400
     assert len(composed) <= 1 + len(models)
 
@@ -290,8 +290,8 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
 def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
-        experiments.save_plan(None, "seed=0,3 threads=1", planned)
-    (saved,) = experiments.saved_plans(tmp_path)
+        plan.save_plan(None, "seed=0,3 threads=1", planned)
+    (saved,) = plan.saved_plans(tmp_path)
     assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
