@@ -18,7 +18,7 @@ SWEEPS := $(addprefix sweep-,mnist digits adding)
 SWEEP = experiment=sweep_$* profile=$*/$(if $(filter mnist,$*),$(PROFILE),sweep) rows=null $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard claims verify-table1 bench test lint
+.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard claims verify-table1 bench test test-wheel lint
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
@@ -72,6 +72,9 @@ bench: install  ## time the engines against torch.nn; ARGS=--quick for minutes
 
 test: install lint  ## lint, types and the test suite
 	$(RUN) -m pytest -q $(ARGS)
+
+test-wheel: install  ## build the wheel, install it in two fresh environments, try it there
+	$(RUN) tests/wheel.py
 
 lint: install
 	$(RUN) -m ruff check .

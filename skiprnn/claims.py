@@ -15,9 +15,7 @@ from skiprnn.training.folder import write_atomically
 
 def main(arguments: Sequence[str]) -> None:
     """Judge the claims of experiments/claims.yaml by a folder's records."""
-    parser = argparse.ArgumentParser(
-        prog="skiprnn.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder of published results")
     folder = parser.parse_args(arguments).results
     try:

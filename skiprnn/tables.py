@@ -16,7 +16,9 @@ def main(arguments: Sequence[str]) -> None:
         experiment, planned, folder = plan.requested(arguments)
         if not experiment:
             raise ConfigError("experiment=NAME is missing: which table?")
-        print(table.publish(experiment, planned, folder))
+        print(table.publish(experiment, planned, folder, arguments))
+        if damages := [damage for one in planned if (damage := one.folder.damage)]:
+            raise ConfigError("; ".join(damages))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

@@ -13,10 +13,10 @@ import torch
 
 from skiprnn.data.ucf101.store import appending
 from skiprnn.model.engines.native import operator
-from skiprnn.training import config
+from skiprnn.training import config, job
 from skiprnn.training.config import RunConfig
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
+CONF = str(config.packaged("conf"))
 SMALL = [
     "training.epochs=4",
     "training.batch_size=256",
@@ -46,9 +46,17 @@ def small_run(tmp_path):
     return make
 
 
-def command(*arguments: str, script: str | None = None, **options) -> subprocess.CompletedProcess:
-    """Run `python -m skiprnn.train` (or a script that stands in for it) as a user's process."""
-    program = ["-c", script] if script else ["-m", "skiprnn.train"]
+def trained(run: RunConfig, draw=None) -> dict:
+    """The record of a run that is trained to its end."""
+    (record,) = job.train([run], draw)
+    return record
+
+
+def command(
+    *arguments: str, script: str | None = None, module: str = "skiprnn.train", **options
+) -> subprocess.CompletedProcess:
+    """Run `python -m skiprnn.train` (or another module, or a script that stands in for it) as a user's process."""
+    program = ["-c", script] if script else ["-m", module]
     return subprocess.run(
         [sys.executable, *program, *arguments], capture_output=True, text=True, check=False, timeout=600, **options
     )

@@ -19,8 +19,8 @@ from skiprnn import dashboard
 from skiprnn.papers import plan, statistics, table
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
+from skiprnn.training.config import packaged
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EPOCHS = 30
 
 
@@ -64,7 +64,7 @@ def told(what: str) -> Iterator[None]:
 
 def planned_runs(combinations: Sequence[Sequence[str]]) -> list[PlannedRun]:
     """The runs of a grid, by Hydra's composition."""
-    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
         return plan.runs(None, combinations, lambda overrides: hydra.compose("config", list(overrides)))
 
 
@@ -86,7 +86,7 @@ def main(runs: int) -> None:
             experiment = Experiment("", "", "", ())
             table.layout(experiment, statistics.rows(experiment, planned))
         with told("page"):
-            html = dashboard.page(Path(folder))
+            html = dashboard.page(Path(folder), print)
         print(f"the page has {len(html) / 1e6:.1f} MB")
 
 

@@ -17,7 +17,7 @@ from skiprnn.papers.experiments import Row
 from skiprnn.papers.records import Results
 from skiprnn.training.config import ConfigError
 
-RESULTS = Path(CONF).parent / "results"
+RESULTS, CLAIMS = Path(CONF).parent / "results", experiments.FOLDER / "claims.yaml"
 CONFIG = {"data": {"drop_last": True}, "training": {"batch_size": 20, "train_batches": None}}
 
 
@@ -25,7 +25,8 @@ def record(accuracy=0.9, updates=400.0, mse=None) -> dict:
     """Of a run that has this at its best epoch, and nothing of it at the last."""
     best = {"accuracy": accuracy, "state_updates": updates} | ({} if mse is None else {"mse": mse})
     last = {"accuracy": 0.1, "state_updates": 784.0} | ({} if mse is None else {"mse": 1.0})
-    facts = {"steps": 784, "solved_at": 1 / 600, "examples": {"train": 99}, "config": CONFIG}
+    facts = {"task": "classification" if mse is None else "regression", "steps": 784, "solved_at": 1 / 600}
+    facts |= {"examples": {"train": 99}, "config": CONFIG}
     return facts | {"best": {"test": best}, "final": {"test": last}}
 
 
@@ -251,17 +252,16 @@ def test_every_claim_names_rows_that_there_are_and_states_its_source(tmp_path):
     for claim in found:
         assert claim.text
         assert "RNN" in claim.source
-    content = experiments.read(experiments.CLAIMS)
+    content = experiments.read(CLAIMS)
     assert set(content["records"]) == {experiment.name for experiment in experiments.published()}
     tested = {test["statistic"] for entry in content["claims"] for test in entry["tests"]}
     assert tested == set(claims.STATISTICS)
 
 
 def test_a_row_that_an_experiment_lacks_is_named(tmp_path, monkeypatch):
-    content = experiments.read(experiments.CLAIMS)
+    content, read = experiments.read(CLAIMS), experiments.read
     content["claims"][0]["tests"][0]["minus"] = "RNN"
-    files = {"claims": content, "table1": experiments.read("table1")}
-    monkeypatch.setattr(experiments, "read", files.get)
+    monkeypatch.setattr(experiments, "read", lambda file: content if file == CLAIMS else read(file))
     with pytest.raises(ConfigError, match="claims: table1 has no row 'RNN'"):
         claims.read(tmp_path)
 
@@ -275,7 +275,7 @@ def test_runs_of_two_protocols_are_no_row(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*table1: the runs of LSTM differ in more than the seed"):
         command.main([str(tmp_path)])
     file.write_text("{")
-    with pytest.raises(SystemExit, match=r"error: .*\.json is corrupt, or no record; delete it"):
+    with pytest.raises(SystemExit, match=r"error: .*\.json is damaged; delete it"):
         command.main([str(tmp_path)])
     assert not (tmp_path / "claims.md").exists()
 

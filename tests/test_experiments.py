@@ -13,14 +13,14 @@ import pytest
 from conftest import CONF, compose
 from omegaconf import OmegaConf
 
-from skiprnn import train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers.experiments import Experiment, Row
 from skiprnn.papers.plan import PlannedRun, _last_wins
 from skiprnn.training.config import ConfigError
+from skiprnn.training.job import make_data
 
 PROFILE_FOLDER = Path(CONF, "profile")
-EXPERIMENTS = experiments.names()
+EXPERIMENTS = sorted(experiments.files())
 PROFILES = sorted(
     file.relative_to(PROFILE_FOLDER).with_suffix("").as_posix() for file in PROFILE_FOLDER.glob("*/*.yaml")
 )
@@ -90,7 +90,7 @@ def test_rows_and_published_numbers_are_the_papers(name, file):
         assert model.p_skip == (float(line["p_skip"]) if "p_skip" in line else None)
         assert model.cost_per_sample == float(line.get("lambda", 0))
         if "sequence_length" in line:
-            assert train.make_data(one.run).steps == int(line["sequence_length"])
+            assert make_data(one.run).steps == int(line["sequence_length"])
         stated = {}
         for key, value in line.items():
             if key == "task_solved":

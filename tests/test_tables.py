@@ -3,27 +3,34 @@
 import dataclasses
 import json
 import math
+import re
+import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import compose, make_small_ucf101
+from conftest import CONF, compose, make_small_ucf101, trained
 from test_experiments import TABLE_1, planned_runs
 
-from skiprnn import Recurrent, tables, train
+from skiprnn import Recurrent, tables
 from skiprnn.data.ucf101 import cnn_flops
 from skiprnn.papers import experiments, plan, records, statistics, table
 from skiprnn.papers.experiments import Experiment, Row
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import config
 from skiprnn.training import measures as metrics
-from skiprnn.training.module import DivergedError
+from skiprnn.training.config import DivergedError
+from skiprnn.training.job import make_data
 
 
 def moved(planned: Sequence[PlannedRun], output: Path) -> list[PlannedRun]:
     """The same runs in another output folder."""
     return [dataclasses.replace(one, run=dataclasses.replace(one.run, output=str(output))) for one in planned]
+
+
+PUBLISHED = sorted(Path(CONF).parent.glob("results/*/table.md"))
 
 
 @pytest.fixture
@@ -266,7 +273,7 @@ def test_a_task_is_solved_if_it_is_in_all_runs(tmp_path):
 def test_the_criterion_is_the_papers(data, solved_at):
     """A hundredth of the variance 1/6 of a sum of two values that are uniform on a unit interval; over 99 %."""
     run = config.read(compose([f"data={data}"]))
-    assert train.make_data(run).solved_at == pytest.approx(solved_at)
+    assert make_data(run).solved_at == pytest.approx(solved_at)
 
 
 def test_the_last_epoch_stands_beside_the_best_and_is_compared_with_the_same_published_number(tmp_path):
@@ -297,7 +304,7 @@ def test_the_last_epoch_stands_beside_the_best_and_is_compared_with_the_same_pub
 
 
 def test_accuracy_solves_from_above():
-    record = {"best": {"test": {"accuracy": 0.985}}, "solved_at": 0.99}
+    record = {"task": "classification", "best": {"test": {"accuracy": 0.985}}, "solved_at": 0.99}
     assert records.measured(record, "task_solved") == 0
     record["best"]["test"]["accuracy"] = 0.995
     assert records.measured(record, "task_solved") == 1
@@ -330,11 +337,13 @@ def test_the_verdicts_stand_below_the_table(planned):
     judged, line = verdict_cells(markdown), numbers.set_index("model").loc["LSTM"]
     # Welch's by hand: variances 6.667e-4 / 4 and 2.025e-3 / 4, √(1.667e-4 + 5.063e-4) = 0.02594, 4.78 degrees of
     # freedom, where t is 2.035; half of the interval 0.0528
-    assert judged["LSTM"]["Accuracy"] == "+0.020 [-0.033, +0.073] ± 0.090 reproduced"
+    assert judged["LSTM"]["Accuracy"] == "reproduced: +0.020 [-0.033, +0.073], margin 0.090"
     assert (line.accuracy_low, line.accuracy_high) == pytest.approx((0.02 - 0.0528, 0.02 + 0.0528), abs=5e-5)
-    assert judged["LSTM"]["Accuracy (last epoch)"].endswith("± 0.090 differs (lower)")
+    assert judged["LSTM"]["Accuracy (last epoch)"].startswith("differs (lower): -0.445 [")
     assert judged["LSTM"]["State updates"] == judged["GRU (p_skip = 0.5)"]["State updates (last epoch)"] == "fixed"
-    assert judged["Skip LSTM, λ = 1e-4"]["State updates"].endswith("] ± 66.18 undecided")  # two published deviations
+    skip = judged["Skip LSTM, λ = 1e-4"]["State updates"]
+    assert skip.startswith("undecided: -74.38 [")
+    assert skip.endswith("], margin 66.18")  # two published deviations
     assert judged["Skip GRU, λ = 1e-4"]["Accuracy"] == "undecided"
     assert set(judged["SA-GRU, λ = 1e-4 (not in the paper)"].values()) == {"–"}
     assert "Margin: Accuracy 0.01, State updates 5 % of the steps, or two published standard deviations" in markdown
@@ -354,7 +363,7 @@ def test_other_data_are_compared_in_direction_only(tmp_path):
     markdown = publish(planned, experiment)[0]
     judged = verdict_cells(markdown)
     assert judged["LSTM"]["Accuracy"] == judged["GRU"]["Accuracy"] == "lower, on other data"
-    assert judged["Skip GRU, λ = 0"]["Accuracy"] == "-0.196 [-0.196, -0.196] ± 0.010 differs (lower)"
+    assert judged["Skip GRU, λ = 0"]["Accuracy"] == "differs (lower): -0.196 [-0.196, -0.196], margin 0.010"
     assert judged["LSTM"]["State updates"] == "fixed"
     assert "other data than the paper's" in markdown
     assert "of the training list, two of its 18 groups are the validation set" in markdown
@@ -416,10 +425,19 @@ def test_the_command_prints_and_writes_the_table(planned, tmp_path, capsys):
     assert f"written to {target}/" in printed
     assert {file.name for file in target.iterdir()} == {"table.md", "table.csv", "table.tex", "records"}
     assert printed.startswith((target / "table.md").read_text())
+    assert f"Made by `python -m skiprnn.tables {shlex.join([*command[:4], f'publish={target}'])}`." in printed
     copied = sorted(file.relative_to(target / "records").as_posix() for file in target.rglob("*.json"))
     assert copied == [f"{planned[0].run.name}.json"]
     record = json.loads((target / "records" / copied[0]).read_text())
     assert record["best"]["test"]["state_updates"] == 784.0
+
+
+def test_a_damaged_record_is_told_and_the_table_is_made_without_it(planned, tmp_path, capsys):
+    finish_row(planned, "LSTM", (0.90, 0.92), (784.0,) * 2, (3.829e7,) * 2)
+    planned[0].folder.record_file.write_text("{}")
+    with pytest.raises(SystemExit, match=rf"error: {planned[0].folder.record_file} is damaged; delete it"):
+        tables.main(["experiment=table1", "profile=mnist/paper", f"output={tmp_path}"])
+    assert cells(capsys.readouterr().out)["LSTM"]["Runs"] == "1 / 4"
 
 
 def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
@@ -448,8 +466,10 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     assert "0,0.90" in (elsewhere[0].folder.path / "metrics.csv").read_text(), "its curves would lack it"
     assert gru.complete
     assert not any(file.exists() for file in begun), "the attempt would pass for what was published"
-    kept = [file.with_name(f"begun-{file.name}").read_text() for file in begun]
-    assert kept == ["of an attempt that was stopped"] * 3, "published results must not cost anybody a checkpoint"
+    (aside,) = gru.path.glob("begun_*")
+    assert {file.name: file.read_text() for file in aside.iterdir()} == dict.fromkeys(
+        ("last.ckpt", "best.ckpt", "metrics.csv"), "of an attempt that was stopped"
+    ), "published results must not cost anybody a checkpoint"
     assert len(list((tmp_path / "published").rglob("*.json"))) == 4
 
 
@@ -465,24 +485,28 @@ def test_a_diverged_run_is_published_and_taken_over_and_gives_way_to_a_result(pl
     begun.path.mkdir(parents=True)
     begun.last.write_text("this machine's attempt")
     records.exchange(there, published)
-    assert [records.failure(one.folder) is not None for one in there[:3]] == [False, True, False]
+    assert [one.folder.diverged for one in there[:3]] == [False, True, False]
     assert begun.last.exists(), "it goes on, and may end otherwise"
     finish(there[0], accuracy=0.9, state_updates=784.0, inference_flops=1e6)
     records.exchange(there, published)
     records.exchange(planned, published)
     assert planned[0].folder.complete
-    assert records.failure(planned[0].folder) is None
+    assert not planned[0].folder.diverged
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"config": {"seed": 7}}'])
-def test_a_published_record_of_another_run_is_refused(planned, tmp_path, content):
+RESULTS = {key: {"test": {"accuracy": 1.0}} for key in ("best", "final")}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {"seed": 7}}', RESULTS, {"error": "nan"}])
+def test_a_damaged_published_record_or_another_runs_is_refused(planned, tmp_path, content):
     published = tmp_path / "published"
     file = published / "records" / f"{planned[0].run.name}.json"
     file.parent.mkdir(parents=True)
-    file.write_text(content)
+    another = json.dumps({"config": planned[1].run.identity} | content) if isinstance(content, dict) else None
+    file.write_text(another or content)
     command = ["experiment=table1", "profile=mnist/paper", "rows=[1]", f"output={tmp_path}", f"publish={published}"]
-    message = r"error: .*\.json is (corrupt, or no record|the record of another run); delete it"
-    with pytest.raises(SystemExit, match=message):
+    reason = "the record of another run" if another else "damaged"
+    with pytest.raises(SystemExit, match=rf"error: .*\.json is {reason}; delete it"):
         tables.main(command)
     assert not planned[0].folder.complete
 
@@ -505,6 +529,18 @@ def test_bad_input_gets_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.parent.name)
+def test_a_published_table_is_what_its_records_say(file, tmp_path, monkeypatch):
+    """The command that it names makes it anew."""
+    (command,) = re.findall(r"Made by `python -m skiprnn\.tables (.*)`\.", file.read_text())
+    here = tmp_path / "results" / file.parent.name
+    shutil.copytree(file.parent / "records", here / "records")
+    monkeypatch.chdir(tmp_path)
+    tables.main(shlex.split(command))
+    for made in here.glob("table.*"):
+        assert made.read_text() == file.with_name(made.name).read_text(), command
+
+
 @pytest.mark.parametrize("name", ["adding", "adding500", "frequency", "ucf101"])
 def test_a_smoke_test_of_every_row_ends_in_the_table(name, tmp_path):
     """From the plan to the table, with smaller models; IMDb's rows differ from the others only in what they read."""
@@ -514,7 +550,7 @@ def test_a_smoke_test_of_every_row_ends_in_the_table(name, tmp_path):
     overrides += ["training.evaluation_batches=1", f"output={tmp_path}", f"data_root={tmp_path}", "threads=1"]
     experiment, planned, _ = plan.requested(overrides)
     for one in planned:
-        train.train(one.run)
+        trained(one.run)
     markdown, _, numbers = publish(planned, experiment)
     assert list(numbers.model) == [row.label for row in experiment.rows]
     assert set(numbers.runs_done) == {1}

@@ -231,7 +231,7 @@ def read(results: Path) -> list[Claim]:
     Raises:
         ConfigError: a claim names a row that its experiment lacks, or records contradict one another.
     """
-    content = experiments.read(experiments.CLAIMS)
+    content = experiments.read(experiments.FOLDER / f"{experiments.CLAIMS}.yaml")
 
     @cache
     def evidence(name: str) -> tuple[Experiment, dict[str, Evidence]]:

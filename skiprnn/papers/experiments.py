@@ -6,10 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.config import ConfigError, RunConfig, packaged
 
-FOLDER = Path(__file__).resolve().parents[2] / "experiments"
-CONF = FOLDER.with_name("conf")
+FOLDER, OWN = packaged("experiments"), Path("experiments")  # OWN: where a command is started
 CLAIMS = "claims"  # the file there that is no table
 COLUMNS = ("accuracy", "state_updates", "inference_flops")
 
@@ -47,29 +46,33 @@ class Experiment:
         return Path(run.output) / "tables" / f"{self.name}_{run.profile.get('name', 'custom')}"
 
 
-def names() -> list[str]:
-    """Of all experiments."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != CLAIMS)
+def files() -> dict[str, Path]:
+    """Of all experiments, ours or the user's own, by name."""
+    found = {file.stem: file for folder in (OWN, FOLDER) for file in sorted(folder.glob("*.yaml"))}
+    return {name: file for name, file in found.items() if name != CLAIMS}
 
 
 def load(name: str) -> Experiment:
-    """Read experiments/NAME.yaml. `rows_of` takes the rows of another file, without its published numbers.
+    """Read experiments/NAME.yaml, ours or the user's own. `rows_of` takes the rows of another one without its published
+    numbers.
 
     Raises:
         ConfigError: no such file, or published deviations of an unknown number of runs.
     """
-    if name not in names():
-        raise ConfigError(f"experiment={name}: there are {', '.join(names())}")
-    content = read(name)
+    known = files()
+    if name not in known:
+        raise ConfigError(f"experiment={name}: there are {', '.join(sorted(known))}")
+    content = read(known[name])
     common = tuple(content.get("overrides", ()))
     if "rows_of" in content:
-        entries = [{"label": row["label"], "overrides": row["overrides"]} for row in read(content["rows_of"])["rows"]]
+        other = read(known[content["rows_of"]])["rows"]
+        entries = [{"label": row["label"], "overrides": row["overrides"]} for row in other]
     else:
         entries = content["rows"]
     rows = tuple(Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in entries)
     runs = content.get("published_runs")
     if runs is None and any(isinstance(value, list) for row in rows for value in row.published.values()):
-        raise ConfigError(f"{name}: of how many runs are the published deviations? published_runs is missing")
+        raise ConfigError(f"{known[name]}: of how many runs are the published deviations? published_runs is missing")
     columns, margins, data = (content.get(key) for key in ("columns", "margins", "published_data"))
     return Experiment(
         name, content["title"], content["source"], rows, tuple(columns or COLUMNS), runs, margins or {}, data or {}
@@ -78,11 +81,12 @@ def load(name: str) -> Experiment:
 
 def published() -> list[Experiment]:
     """The experiments that have published numbers: the tables of the papers."""
-    return [one for one in map(load, names()) if any(row.published for row in one.rows)]
+    own = (load(file.stem) for file in sorted(FOLDER.glob("*.yaml")) if file.stem != CLAIMS)
+    return [one for one in own if any(row.published for row in one.rows)]
 
 
-def read(name: str) -> dict[str, Any]:
-    """A file of experiments/, as Hydra reads conf/: 1.86e7 is a number, where plain PyYAML takes it for text."""
-    content = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"), resolve=False)
+def read(file: Path) -> dict[str, Any]:
+    """As Hydra reads conf/: 1.86e7 is a number, where plain PyYAML takes it for text."""
+    content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}

@@ -17,9 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from skiprnn.papers.experiments import CONF, Experiment, Row, load
+from skiprnn.papers.experiments import Experiment, Row, load
 from skiprnn.training import config as configs
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
 
 HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
@@ -54,7 +54,7 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
 
     try:
         grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
             name = compose(grid[0])["experiment"]
             experiment = load(name) if name else None
             return experiment, runs(experiment, grid, compose), folders[-1] if folders else None
@@ -180,19 +180,23 @@ def save_plan(experiment: Experiment | None, command: str, planned: Sequence[Pla
     write_atomically(folder / f"{digest}.json", json.dumps(content).encode())
 
 
-def saved_plans(output: Path) -> list[SavedPlan]:
-    """The plans of all sweeps into an output folder, latest first."""
+def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
+    """The plans of all sweeps into an output folder, latest first; what is wrong with the others is told."""
     files = sorted((output / "sweeps").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     plans = []
-    for content in map(json.loads, map(Path.read_text, files)):
-        settings = {"output": str(output), "profile": content["profile"]}
-        planned = [
-            PlannedRun(row, RunConfig.of(entry["config"] | {"seed": seed}, **settings), ())
-            for entry in content["rows"]
-            for row in [Row(entry["label"], published=entry["published"])]
-            for seed in entry["seeds"]
-        ]
-        plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
+    for file in files:
+        try:
+            content = json.loads(file.read_bytes())
+            settings = {"output": str(output), "profile": content["profile"]}
+            planned = [
+                PlannedRun(row, RunConfig.of(entry["config"] | {"seed": seed}, **settings), ())
+                for entry in content["rows"]
+                for row in [Row(entry["label"], published=entry["published"])]
+                for seed in entry["seeds"]
+            ]
+            plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
+        except (ValueError, KeyError, TypeError):
+            tell(f"{file} is damaged, or another version's; delete it, and the sweep's next start writes it again")
     return plans
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from skiprnn.papers.experiments import Row
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.training.config import ConfigError
-from skiprnn.training.folder import MetricsFile, RunFolder, write_atomically
-from skiprnn.training.module import DivergedError
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import read_record, write_atomically
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def measured(record: dict[str, Any], metric: str) -> float | None:
     match metric.removeprefix(LAST):
         case "task_solved":
             bound = record["solved_at"]
-            return float(test["mse"] < bound if "mse" in test else test["accuracy"] > bound)
+            return float(test["mse"] < bound if record["task"] == "regression" else test["accuracy"] > bound)
         case "state_updates_percent":
             return 100 * test["state_updates"] / record["steps"]
         case "inference_flops_with_cnn":
@@ -100,74 +99,52 @@ def results(planned: Sequence[PlannedRun]) -> Iterator[Results]:
     for row, group in groupby(planned, lambda one: one.row):
         runs = list(group)
         records = [one.folder.record() for one in runs if one.folder.complete]
-        diverged = sum(failure(one.folder) is not None for one in runs)
+        diverged = sum(one.folder.diverged for one in runs)
         yield Results(row, runs[0].run.model.policy, len(runs), records, diverged)
-
-
-def failure(folder: RunFolder) -> dict[str, Any] | None:
-    """Why and when a run diverged; None if it has not."""
-    if folder.complete or not folder.failure_file.exists():
-        return None
-    reason = json.loads(folder.failure_file.read_text())
-    return reason if reason["error"].partition(":")[0].endswith(DivergedError.__name__) else None
 
 
 def read(file: Path) -> dict[str, Any]:
     """A published record.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is damaged.
     """
     try:
-        record = json.loads(file.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "config" not in record:
-        raise ConfigError(f"{file} is corrupt, or no record; delete it")
-    return record
+        record = json.loads(file.read_bytes())
+        run = RunConfig.of(record["config"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} is damaged; delete it") from None
+    return record if "error" in record else read_record(file, run)
 
 
 def exchange(planned: Sequence[PlannedRun], published: Path) -> None:
     """Copy the records of runs that ended, and their metrics per epoch where they are known, to the published ones, and
     the other way round: a run that another machine published is complete here as well, so that a table and its curves
-    can be continued anywhere. The record of a diverged run has its error in place of results.
+    can be continued anywhere. The record of a diverged run has its error in place of results, and gives way to results.
 
     Raises:
-        ConfigError: a published record is corrupt, or another run's.
+        ConfigError: a published record is damaged, or another run's.
     """
     for one in planned:
         file, epochs = published / f"{one.run.name}.json", published / f"{one.run.name}.csv"
-        own_epochs = one.folder.path / MetricsFile.NAME
-        reason = failure(one.folder)
-        if not one.folder.complete and file.exists():
-            _take_over(one, file, epochs)
-        elif one.folder.complete or reason:
+        folder = one.folder
+        theirs = read(file) if file.exists() and not folder.complete else None
+        if theirs and theirs["config"] != one.run.identity:
+            raise ConfigError(f"{file} is the record of another run; delete it")
+        if theirs and "error" not in theirs:
+            folder.take_over(theirs, epochs.read_bytes() if epochs.exists() else None)
+        elif folder.complete or folder.diverged:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if reason:
+            if folder.complete:
+                shutil.copyfile(folder.record_file, file)
+            else:
+                reason = json.loads(folder.failure_file.read_bytes())
                 named = {"name": one.run.name, "hash": one.run.hash, "config": one.run.identity}
                 write_atomically(file, json.dumps(named | reason, indent=2).encode())
-            else:
-                shutil.copyfile(one.folder.record_file, file)
-            if own_epochs.exists():
-                shutil.copyfile(own_epochs, epochs)
-
-
-def _take_over(one: PlannedRun, file: Path, epochs: Path) -> None:
-    """Make a published run's record the record here. What was begun here, and is not what the record is of, is kept
-    under other names."""
-    record = read(file)
-    if record["config"] != one.run.identity:
-        raise ConfigError(f"{file} is the record of another run; delete it")
-    folder, own_epochs = one.folder, one.folder.path / MetricsFile.NAME
-    begun = [attempt for attempt in (folder.last, folder.best, own_epochs) if attempt.exists()]
-    if "error" in record and begun:  # it may end otherwise here
-        return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    for attempt in begun:
-        attempt.replace(attempt.with_name(f"begun-{attempt.name}"))
-    if epochs.exists():
-        write_atomically(own_epochs, epochs.read_bytes())
-    if "error" in record:
-        write_atomically(folder.failure_file, json.dumps(record, indent=2).encode())
-    else:
-        folder.finish(record)
+            if folder.metrics_file.exists():
+                shutil.copyfile(folder.metrics_file, epochs)
+        elif theirs and not folder.last.exists():  # what is begun here may end otherwise
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.failure_file, json.dumps(theirs, indent=2).encode())
+            if epochs.exists():
+                write_atomically(folder.metrics_file, epochs.read_bytes())

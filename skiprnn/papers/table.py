@@ -1,12 +1,13 @@
 """A table as people read it: layout, caption; Markdown, CSV and LaTeX."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from skiprnn.papers.experiments import Experiment
-from skiprnn.papers.plan import PlannedRun
+from skiprnn.papers.plan import HOW, PlannedRun
 from skiprnn.papers.records import METRICS, SOLVED, UPDATES, both_epochs, exchange, results
 from skiprnn.papers.statistics import LEAST_RUNS, other_data, rows
 from skiprnn.training.config import TrainingConfig
@@ -67,7 +68,7 @@ def verdicts(experiment: Experiment, numbers: pd.DataFrame) -> pd.DataFrame:
             return verdict
         low, high, margin = (line[f"{metric}_{key}"] for key in ("low", "high", "margin"))
         interval = f"{difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-        return f"{interval} ± {margin:.{digits}f} {verdict}"
+        return f"{verdict}: {interval}, margin {margin:.{digits}f}"
 
     return pd.DataFrame(
         {"Model": line["model"]} | {METRICS[metric].heading: cell(line, metric) for metric in compared}
@@ -83,11 +84,11 @@ def legend(experiment: Experiment) -> str:
         for metric, margin in experiment.margins.items()
     ]
     text = (
-        "Verdict: difference to the published mean [its 90 % confidence interval, Welch's] ± margin. Reproduced: the "
-        "interval is within the margin. Close: it is, and the difference is no chance (Welch's test at 5 %, by Holm "
-        "over the rows). Differs: it is no chance, and not within. Undecided: nothing shown, fewer than "
-        f"{LEAST_RUNS} runs, or a diverged one. Fixed: by construction. Margin: {', '.join(margins)}, or two published "
-        "standard deviations if these are more."
+        "Verdict: difference to the published mean [its 90 % confidence interval, Welch's], margin. Reproduced: the "
+        "interval is within the margin. Close: it is, and the difference is no chance (Welch's test at 5 %, corrected "
+        "over the rows by Holm). Differs: the difference is no chance, and the interval not within. Undecided: none of "
+        f"these, fewer than {LEAST_RUNS} runs, or a diverged one. Fixed: by construction. Margin: "
+        f"{', '.join(margins)}, or two published standard deviations if these are more."
     )
     if SOLVED in experiment.columns:
         text += " Of a task, reproduced is what all runs show as published, and differs what none does."
@@ -150,13 +151,16 @@ def by_protocol(planned: Sequence[PlannedRun]) -> dict[str, list[str]]:
     return {text: list(labels) for text, labels in found.items()}
 
 
-def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path | None = None) -> str:
+def publish(
+    experiment: Experiment, planned: Sequence[PlannedRun], folder: Path | None = None, command: Sequence[str] = ()
+) -> str:
     """Write table.md, .csv and .tex; returns the Markdown.
 
     Args:
         experiment, planned: as from skiprnn.papers.plan.requested.
         folder: where; None: OUTPUT/tables/EXPERIMENT_PROFILE. If given, records and metrics per epoch are copied
             beside the table, after those that lie there already have been taken over.
+        command: the overrides as typed, which a published table ends with.
 
     Raises:
         ConfigError: a record in the folder is not that of its run.
@@ -174,6 +178,9 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
         f"{text.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n" for text, note, _ in parts
     )
     markdown = f"{warning.strip()}\n\n{markdown}" if warning else markdown
+    if folder:
+        made = shlex.join(one for one in command if one.split("=")[0] not in HOW)
+        markdown += f"\nMade by `python -m skiprnn.tables {made}`.\n"
     latex = "\n".join(
         text.map(_latex).rename(columns=_latex).to_latex(index=False, caption=_latex(note), label=f"tab:{label}")
         for text, note, label in parts

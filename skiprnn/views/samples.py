@@ -1,6 +1,7 @@
 """Pictures of what a trained network reads: test sequences with the used samples red and the skipped ones blue.
 
-Every function takes a module (skiprnn.evaluate.load gives one) and returns a matplotlib figure, a paper's column wide.
+Every function takes a module (skiprnn.training.job.load gives one) and returns a matplotlib figure, a paper's column
+wide.
 Shapes: T steps, I input, H neurons of all layers, C outputs.
 """
 
@@ -90,6 +91,19 @@ def examples(module: SequenceModule, count: int, preferred: Callable[[int], bool
     valid = [data.steps] * len(rows) if lengths is None else lengths.tolist()
     columns = [part.cpu().numpy() for part in (inputs, targets, answers, updates > 0)]
     return [Example(*values) for values in zip(rows, *columns, valid, strict=True)]
+
+
+def picture(module: SequenceModule) -> Figure:
+    """What a network uses of a few test sequences: a Skip RNN samples, an SA-RNN neurons.
+
+    Raises:
+        ConfigError: nobody has said how to draw data of this kind, or the policy learns nothing.
+    """
+    policy = module.run.model.policy
+    draw = {"skip": usage, "selective": neurons}.get(policy)
+    if draw is None:
+        raise ConfigError(f"policy {policy} learns nothing that could be seen")
+    return draw(module)
 
 
 # --- step policies: a picture for each kind of data ---
@@ -257,7 +271,9 @@ def words_page(module: SequenceModule, count: int = 10) -> str:
             for word, tag in zip(vocabulary[ids], np.where(used, "b", "span"), strict=True)
         )
         parts.append(f"<h2>Review {example.row}: {_review_title(example)}</h2>\n<p>{' '.join(marked)}</p>")
-    return PAGE.format(title=f"Words read by {module.model.name}", used=USED, skipped=SKIPPED, body="\n".join(parts))
+    return PAGE.format(
+        title=f"Words read by {module.run.model.name}", used=USED, skipped=SKIPPED, body="\n".join(parts)
+    )
 
 
 PAGE = """<!doctype html>
