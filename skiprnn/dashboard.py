@@ -23,6 +23,7 @@ import jinja2
 import pandas as pd
 import vl_convert
 
+from skiprnn.model.policies import POLICIES
 from skiprnn.papers import statistics, table
 from skiprnn.papers.experiments import Experiment, Row
 from skiprnn.papers.plan import PlannedRun, SavedPlan, saved_plans
@@ -91,7 +92,7 @@ def view(plan: SavedPlan, tell: Tell) -> dict[str, Any]:
             {
                 "label": text["Model"][index],
                 "model": model.name,
-                "lambda": f"{model.cost_per_sample:g}" if model.policy in ("skip", "selective") else "none",
+                "lambda": f"{model.cost_per_sample:g}" if POLICIES[model.policy].learned else "none",
                 "epochs": [sum(epochs), sum(one.run.training.epochs for one in runs)],
                 "score": spread(line, score),
                 "updates": spread(line, updates),

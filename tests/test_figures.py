@@ -57,7 +57,7 @@ def test_tradeoff_has_a_curve_per_model_with_its_means_and_deviations(sweep):
     assert [axes.get_title() for axes in figure.axes] == ["LSTM", "GRU"]
     for axes in figure.axes:
         drawn = {container.get_label(): container for container in axes.containers}
-        assert list(drawn) == ["every step updates", "random steps, p_skip at the points", "Skip RNN, λ at the points"]
+        assert list(drawn) == ["RNN", "random steps, p_skip at the points", "Skip RNN, λ at the points"]
         line, _, (across, up) = drawn["Skip RNN, λ at the points"]
         np.testing.assert_allclose(line.get_xdata(), [34, 55, 61, 64])  # λ = 1e-2, 3e-3, 1e-3, 0
         np.testing.assert_allclose(line.get_ydata(), 0.5 + line.get_xdata() / 200)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from scipy.stats import t as student
 
+from skiprnn.model.policies import POLICIES
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.papers.records import LAST, METRICS, SOLVED, UPDATES, Results, both_epochs, holds, results
@@ -141,7 +142,7 @@ def _compare(experiment: Experiment, metric: str, row: Results) -> Comparison | 
     published, values = row.row.published.get(name), row.values(metric)
     if published is None or not (name == SOLVED or name in experiment.margins):
         return None
-    if name.startswith(UPDATES) and not learned(row):
+    if name.startswith(UPDATES) and not POLICIES[row.policy].learned:
         return Comparison(FIXED)
     mean, std = published if isinstance(published, list) else (published, None)
     if other_data(experiment, row):
@@ -156,11 +157,6 @@ def _compare(experiment: Experiment, metric: str, row: Results) -> Comparison | 
     margin = max(experiment.margins[name] * (row.records[0]["steps"] if name == UPDATES else 1), 2 * (std or 0.0))
     enough = len(values) >= LEAST_RUNS and not row.diverged  # the mean of those that have not diverged flatters
     return Comparison(UNDECIDED, change, margin, change.p() if enough else None)
-
-
-def learned(row: Results) -> bool:
-    """Whether its updates are, and not fixed by construction."""
-    return row.policy in ("skip", "selective")
 
 
 def other_data(experiment: Experiment, row: Results) -> bool:

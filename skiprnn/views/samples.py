@@ -31,6 +31,7 @@ from skiprnn.data.imdb import CLASSES, PADDING, IMDb
 from skiprnn.data.ucf101 import UCF101
 from skiprnn.data.ucf101.extract import sample_frames
 from skiprnn.data.ucf101.store import FPS
+from skiprnn.model.policies import POLICIES, Policy
 from skiprnn.training.config import ConfigError
 from skiprnn.training.measures import state_updates
 from skiprnn.training.module import SequenceModule
@@ -93,16 +94,23 @@ def examples(module: SequenceModule, count: int, preferred: Callable[[int], bool
     return [Example(*values) for values in zip(rows, *columns, valid, strict=True)]
 
 
+def of_policy(policy: type[Policy]) -> Callable[[SequenceModule], Figure] | None:
+    """The picture of what such a policy has learned; None if it does not learn."""
+    if not policy.learned:
+        return None
+    return usage if policy.family == "step" else neurons
+
+
 def picture(module: SequenceModule) -> Figure:
     """What a network uses of a few test sequences: a Skip RNN samples, an SA-RNN neurons.
 
     Raises:
         ConfigError: nobody has said how to draw data of this kind, or the policy learns nothing.
     """
-    policy = module.run.model.policy
-    draw = {"skip": usage, "selective": neurons}.get(policy)
+    policy = POLICIES[module.run.model.policy]
+    draw = of_policy(policy)
     if draw is None:
-        raise ConfigError(f"policy {policy} learns nothing that could be seen")
+        raise ConfigError(f"policy {policy.name} learns nothing that could be seen")
     return draw(module)
 
 

@@ -10,14 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.model.engines.native.operator import (
-    CELLS,
-    NEURON_POLICIES,
-    WEIGHTS,
-    padded,
-    recurrence,
-    recurrence_backward,
-)
+from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
 from skiprnn.model.engines.triton import kernels
 
 TILE = 16  # rows of a program: the least that a matrix instruction takes
@@ -38,17 +31,16 @@ def operands(dtype: torch.dtype) -> torch.dtype:
 class _Sizes:
     """Sizes of a call, and what the kernels are compiled for."""
 
-    def __init__(self, cell: str, policy: str, x: Tensor, states: Sequence[Tensor]):
-        self.gates, self.entries = CELLS[cell]
-        self.runs, self.batch, self.steps, self.inputs = x.shape
-        self.hidden = [state.shape[-1] for state in states[:: self.entries]]
-        self.layers, self.width = len(self.hidden), padded(max(self.hidden))
-        self.columns = self.gates + (policy == "selective")
+    def __init__(self, problem: Problem):
+        self.gates, self.entries, self.hidden = problem.gates, problem.entries, problem.hidden
+        self.runs, self.batch, self.steps, self.inputs = problem.x.shape
+        self.layers, self.width = len(self.hidden), triton.cdiv(max(self.hidden), TILE) * TILE
+        self.columns = self.gates + (problem.policy == "selective")
         block = triton.next_power_of_2(self.width)
-        resident = self.layers == 1 and self.gates * block**2 * operands(x.dtype).itemsize <= ON_CHIP
+        resident = self.layers == 1 and self.gates * block**2 * operands(problem.x.dtype).itemsize <= ON_CHIP
         self.options: dict[str, Any] = {
-            "LSTM": cell == "lstm",
-            "POLICY": policy,
+            "LSTM": problem.cell == "lstm",
+            "POLICY": problem.policy,
             "H": self.hidden[-1],
             "W": self.width,
             "L": self.layers,
@@ -75,16 +67,16 @@ class _Sizes:
         return states[0].view(self.states), states[-1].view(self.states), pre.view(self.pre)
 
 
-def shapes(cell: str, policy: str, x: Tensor, states, save: bool) -> list[tuple[int, ...]]:
+def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     """The outputs' shapes."""
-    sizes = _Sizes(cell, policy, x, states)
-    rows = x.shape[:3]
-    skip = policy == "skip"
+    sizes = _Sizes(problem)
+    rows = problem.x.shape[:3]
+    skip = problem.policy == "skip"
     return [
         (*rows, sizes.hidden[-1]),
         (sizes.runs, sizes.batch * sizes.entries * sum(sizes.hidden)),
         (sizes.runs, 2, sizes.batch) if skip else (0,),
-        (*rows, sizes.hidden[-1]) if policy in NEURON_POLICIES else tuple(rows),
+        (*rows, sizes.hidden[-1]) if problem.by_neuron else tuple(rows),
         (sizes.saved() if save else 0,),
         (sizes.runs, 3, sizes.steps, sizes.batch) if skip and save else (0,),
         (0,),
@@ -107,8 +99,8 @@ def _recurrent_weights(sizes: _Sizes, weights: Sequence[Tensor], dtype: torch.dt
     return weight, below
 
 
-def _input_weights(sizes: _Sizes, cell: str, policy: str, weights, policy_weights) -> tuple[Tensor, Tensor]:
-    """x_weight (R, I, X, W) of the first layer and bias (R, L, X, W) of all, 1 added to the forget gate's."""
+def _input_weights(sizes: _Sizes, policy: str, weights, policy_weights) -> tuple[Tensor, Tensor]:
+    """x_weight (R, I, X, W) of the first layer and bias (R, L, X, W) of all."""
     first = sizes.hidden[0]
     x_weight = weights[0].new_zeros(sizes.runs, sizes.inputs, sizes.columns, sizes.width)
     bias = weights[0].new_zeros(sizes.runs, sizes.layers, sizes.columns, sizes.width)
@@ -117,8 +109,6 @@ def _input_weights(sizes: _Sizes, cell: str, policy: str, weights, policy_weight
     for layer, hidden in enumerate(sizes.hidden):
         blocks = weights[WEIGHTS * layer + 2].view(sizes.runs, sizes.gates, hidden)
         bias[:, layer, : sizes.gates, :hidden] = blocks
-    if cell == "lstm":
-        bias[:, :, 2] += 1
     if policy == "selective":
         x_weight[:, :, sizes.gates, :first] = policy_weights[0].transpose(1, 2)
         bias[:, 0, sizes.gates, :first] = policy_weights[2]
@@ -146,14 +136,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-@recurrence.register_kernel("cuda")
-def forward(cell, policy, x, states, weights, gate, policy_weights, draw, lengths, save):
+def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
-    sizes = _Sizes(cell, policy, x, states)
-    expected = shapes(cell, policy, x, states, save)
+    _, _, policy, x, states, weights, gate, policy_weights, draw, lengths = problem
+    sizes, expected = _Sizes(problem), shapes(problem, save)
     output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(shape) for shape in expected)
     weight, input_weight = _recurrent_weights(sizes, weights, operands(x.dtype))
-    x_weight, bias = _input_weights(sizes, cell, policy, weights, policy_weights)
+    x_weight, bias = _input_weights(sizes, policy, weights, policy_weights)
     few = sizes.inputs <= FEW_INPUTS
     slots = sizes.steps + 1
     if save:
@@ -209,32 +198,15 @@ def forward(cell, policy, x, states, weights, gate, policy_weights, draw, length
         for layer, hidden in enumerate(sizes.hidden)
         for buffer in (h, c)[: sizes.entries]
     ]
-    return output, torch.cat(last, 1), last_gate, updates, saved, saved_gate, projected
+    return Outputs(output, torch.cat(last, 1), last_gate, updates, saved, saved_gate, projected)
 
 
-@recurrence_backward.register_kernel("cuda")
-def backward(
-    cell,
-    policy,
-    x,
-    states,
-    weights,
-    gate,
-    policy_weights,
-    draw,
-    lengths,
-    updates,
-    saved,
-    saved_gate,
-    projected,
-    d_output,
-    d_final,
-    d_gate,
-    d_updates,
-    needs_input,
-):
+def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
     """skiprnn::recurrence_backward of R runs at once."""
-    sizes = _Sizes(cell, policy, x, states)
+    _, cell, policy, x, _, weights, _, policy_weights, _, lengths = problem
+    _, _, _, updates, saved, saved_gate, _ = outputs
+    d_output, d_final, d_gate, d_updates = arriving
+    sizes = _Sizes(problem)
     h, c, pre = sizes.split(saved)
     weight, input_weight = _recurrent_weights(sizes, weights, operands(x.dtype))
     d_h, d_c = x.new_zeros(2, sizes.runs, sizes.layers, sizes.batch, sizes.width)
@@ -291,12 +263,13 @@ def backward(
         found += [d_input_policy, d_state, d_u.sum((1, 2)), torch.zeros_like(policy_weights[3])]
     d_x = x.new_empty(0)
     if needs_input:
-        x_weight, _ = _input_weights(sizes, cell, policy, weights, policy_weights)
+        x_weight, _ = _input_weights(sizes, policy, weights, policy_weights)
         d_x = torch.bmm(
             d_pre[:, 0].reshape(sizes.runs, -1, x_weight[0, 0].numel()), x_weight.flatten(2).transpose(1, 2)
         )
         d_x = d_x.view(sizes.runs, sizes.steps, sizes.batch, -1).transpose(1, 2).contiguous()
-    return [d_x, *(gradient.clone(memory_format=torch.contiguous_format) for gradient in found)]  # of their own
+    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
+    return Gradients.of([d_x, *own], problem)
 
 
 def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Tensor, reset: Tensor):
@@ -328,3 +301,6 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
         found.append(d_state[:, :, :hidden, :hidden].reshape(sizes.runs, sizes.gates * hidden, hidden))
         found.append(d_bias[:, : sizes.gates, :hidden].reshape(sizes.runs, -1))
     return found, d_gate_input
+
+
+KERNELS["triton"] = Kernels(shapes, forward, backward)
