@@ -350,6 +350,17 @@ def test_the_verdicts_stand_below_the_table(planned):
     assert tex.count(r"\begin{table}") == 2
 
 
+def test_a_difference_is_corrected_for_the_number_of_rows(planned):
+    """p = 0.0256 (scipy: ttest_ind_from_stats(0.965, 0.00594, 4, 0.976, 0.003, 4, False)); of two, it doubles."""
+    finish_row(planned, "Skip GRU, λ = 1e-4", (0.958, 0.963, 0.967, 0.972), (390.0,) * 4, (1.4e7,) * 4)
+    alone = [one for one in planned if one.row.label == "Skip GRU, λ = 1e-4"]
+    assert publish(alone)[2].accuracy_verdict.tolist() == ["differs (lower)"]
+    finish_row(planned, "GRU", (0.95, 0.96, 0.97, 0.98), (784.0,) * 4, (2.87e7,) * 4)
+    judged = publish(planned)[2].set_index("model").loc["Skip GRU, λ = 1e-4"]
+    assert judged.accuracy_verdict == "undecided"
+    assert judged.accuracy_p == pytest.approx(2 * 0.0256, abs=2e-4)
+
+
 def test_other_data_are_compared_in_direction_only(tmp_path):
     """Ten classes of UCF-101 stand beside all of them without a verdict; the whole test list has one."""
     experiment, planned = experiments.load("ucf101"), moved(planned_runs("ucf101", "ucf101/paper"), tmp_path)
