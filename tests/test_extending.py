@@ -13,7 +13,7 @@ from skiprnn.model import engines
 from skiprnn.model.cells import CELLS, Cell, LSTMCell
 from skiprnn.model.policies import POLICIES, Skip, straight_through_round
 from skiprnn.model.recurrent import Recurrent
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training import job
 
 FAST = [name for name in engines.ENGINES if name != "reference"]
@@ -138,7 +138,7 @@ def test_the_page_from_class_to_table_figures_and_model_card(tmp_path, monkeypat
         if language == "python":
             exec(compile(text, "docs/extending.md", "exec"), {"__name__": "extending"})
     arguments = ["experiment=mine", "profile=echo/short", *SMALL[2:], f"output={tmp_path / 'runs'}"]
-    planned = experiments.requested(arguments)[1]
+    planned = plan.requested(arguments)[1]
     assert len(planned) == 4
     for one in planned:
         job.train([one.run])

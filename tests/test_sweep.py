@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from test_runs import assert_same_outcome
 
 from skiprnn import sweep
-from skiprnn.papers import experiments
+from skiprnn.papers import experiments, plan
 from skiprnn.training import cluster, config, job, workers
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
@@ -337,8 +337,8 @@ def test_jobs_are_found_again(tmp_path):
 COST = "model.cost_per_sample"
 
 
-def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
-    return experiments.plan(None, [list(overrides)], compose)
+def planned_runs(*overrides: str) -> list[plan.PlannedRun]:
+    return plan.runs(None, [list(overrides)], compose)
 
 
 class DyingWorkers:
@@ -404,7 +404,7 @@ def test_plan_reads_overrides_as_hydra_does(overrides):
         except (ConfigError, HydraException) as error:
             return type(error), str(error)
 
-    assert outcome(experiments._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+    assert outcome(plan._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
 
 
 def test_plan_composes_once_per_choice_of_groups(tmp_path):
@@ -417,7 +417,7 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
     costs, seeds = [f"model.cost_per_sample={n}e-6" for n in range(50)], [f"seed={n}" for n in range(4)]
     models = ["model=skip_lstm", "model=skip_gru"]
     grid = [[model, cost, seed] for model in models for cost in costs for seed in seeds]
-    planned = experiments.plan(None, grid, count)
+    planned = plan.runs(None, grid, count)
     assert len({one.run.name for one in planned}) == 400
     assert len(composed) <= 1 + len(models)
 
@@ -425,8 +425,8 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
 def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
-        experiments.save_plan(None, "seed=0,3 threads=1", planned)
-    (saved,) = experiments.saved_plans(tmp_path, pytest.fail)
+        plan.save_plan(None, "seed=0,3 threads=1", planned)
+    (saved,) = plan.saved_plans(tmp_path, pytest.fail)
     assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]

@@ -10,9 +10,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from skiprnn import tables
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import PlannedRun
+from skiprnn.papers import experiments, plan, table
+from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
 from skiprnn.training.config import RunConfig
 from skiprnn.training.estimate import seconds_per_epoch
@@ -45,10 +44,10 @@ def run(
     try:
         name = compose(grid[0])["experiment"]
         experiment = experiments.load(name) if name else None
-        planned = experiments.plan(experiment, grid, compose)
+        planned = plan.runs(experiment, grid, compose)
         place = find_place(Path(planned[0].run.output))
         todo = [one for one in planned if not one.folder.complete and not one.folder.diverged]
-        experiments.save_plan(experiment, command, planned)
+        plan.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
         # the longest first: none is left alone at the end
@@ -62,7 +61,7 @@ def run(
         return
     if experiment:
         print()
-        print(tables.publish(experiment, planned))
+        print(table.publish(experiment, planned))
     failures = [
         f"  {one.run.name}: {reasons.get(one.run.name) or one.folder.failure}"
         f"{f'; delete {one.folder.failure_file} to try again' if one.folder.diverged else ''}"
@@ -96,7 +95,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
     rows = [list(group) for _, group in groupby(planned, lambda one: one.row.label)]
     if len(rows) > ROWS_TOLD:
         rows = [list(group) for _, group in groupby(sorted(planned, key=kind_of), kind_of)]
-    table = Table("row", "seeds", "epochs", "complete", *(["estimate"] if place.here else []))
+    shown = Table("row", "seeds", "epochs", "complete", *(["estimate"] if place.here else []))
     alike: dict[str, list[RunConfig]] = {}
     for one in todo:
         alike.setdefault(kind_of(one), []).append(one.run)
@@ -113,7 +112,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
         diverged = sum(one.folder.diverged for one in group)
         model, data = group[0].run.model.name, group[0].run.data["name"]
         labels, seeds = {one.row.label for one in group}, sorted({one.run.seed for one in group})
-        table.add_row(
+        shown.add_row(
             group[0].row.label or f"{group[0].run.row} on {data}"
             if len(labels) == 1
             else f"{model} on {data}, {len(labels)} settings",
@@ -122,7 +121,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
             f"{len(group) - len(left) - diverged} / {len(group)}{f', {diverged} diverged' if diverged else ''}",
             *([duration(seconds) if left else ""] if place.here else []),
         )
-    console.print(table)
+    console.print(shown)
     at_once = f", {place.workers} at once" if place.workers > 1 else ""
     estimate = f": about {duration(total / min(place.workers, len(todo)))}" if todo and place.here else ""
     output = planned[0].run.output
