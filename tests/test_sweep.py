@@ -23,6 +23,7 @@ from test_runs import assert_same_outcome
 
 from skiprnn import sweep
 from skiprnn.papers import experiments, plan
+from skiprnn.papers import sweep as one_sweep
 from skiprnn.training import cluster, config, job, workers
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
@@ -501,3 +502,19 @@ def test_seeds_of_a_row_share_a_job_where_there_is_a_gpu():
     assert [len(pack) for pack in workers.packed(todo, gpu=True)] == [2, 2]
     assert [len(pack) for pack in workers.packed(todo, gpu=False)] == [1, 1, 1, 1]
     assert [len(pack) for pack in workers.packed(pages, gpu=True)] == [1, 1], "a process has one page"
+
+
+def test_the_other_profiles_of_the_data_are_told_with_their_time(monkeypatch, capsys, tmp_path):
+    """A row takes 3 s an epoch here and another 5 s, and each twice that at the paper's batch: 4 runs of 600 epochs."""
+    experiment = experiments.load("table1")
+    grid = [["experiment=table1", "rows=[1,4]", "profile=mnist/long", f"output={tmp_path}"]]
+    first_row = {"paper": 6, "smoke": 1.5, "cpu": 3}
+    monkeypatch.setattr(one_sweep, "seconds_per_epoch", lambda run: first_row[run.profile["name"]])
+    todo = plan.runs(experiment, grid, compose)
+    seconds = {one_sweep.kind_of(one): 3 if one.row.label == "LSTM" else 5 for one in todo}
+    one_sweep.tell_other_profiles(experiment, grid, compose, todo, seconds, workers=2)
+    told = capsys.readouterr().out
+    hours = 4 * 600 * (6 + 10) / 2 / 3600
+    assert f"profile=mnist/paper about {hours:.1f} h" in told
+    assert "profile=mnist/cpu" in told
+    assert "mnist/long" not in told

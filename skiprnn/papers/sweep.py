@@ -1,10 +1,11 @@
 """A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 from skiprnn.papers import experiments, plan, table
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
-from skiprnn.training.config import RunConfig
+from skiprnn.training.config import RunConfig, packaged
 from skiprnn.training.estimate import seconds_per_epoch
 from skiprnn.training.folder import duration
 from skiprnn.training.job import Draw
@@ -50,6 +51,8 @@ def run(
         plan.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
+        if experiment and todo and place.here and not place.gpu:
+            tell_other_profiles(experiment, grid, compose, todo, seconds, place.workers)
         # the longest first: none is left alone at the end
         todo.sort(key=lambda one: -seconds.get(kind_of(one), 0) * (one.run.training.epochs - one.folder.epochs_done()))
         reasons = place.train(packed([one.run for one in todo], place.gpu), draw)
@@ -79,9 +82,14 @@ def prepare(todo: Sequence[PlannedRun]) -> None:
 
 
 def kind_of(one: PlannedRun) -> str:
-    """What the time of a run depends on, λ and p_skip apart."""
+    """What the time of a run depends on."""
+    return repr((network_of(one), one.run.training))
+
+
+def network_of(one: PlannedRun) -> str:
+    """Of it, the data and the model; λ and p_skip apart."""
     model = replace(one.run.model, cost_per_sample=0.0, p_skip=None if one.run.model.p_skip is None else 0.5)
-    return repr((one.run.data, model, one.run.training))
+    return repr((one.run.data, model))
 
 
 def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: Place) -> dict[str, float]:
@@ -131,3 +139,41 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
         soft_wrap=True,
     )
     return measured
+
+
+def tell_other_profiles(
+    experiment: experiments.Experiment,
+    grid: Sequence[Sequence[str]],
+    compose: Callable[[Sequence[str]], DictConfig],
+    todo: Sequence[PlannedRun],
+    seconds: Mapping[str, float],
+    workers: int,
+) -> None:
+    """Print what the data's other profiles would take on this machine: one run is measured at each.
+
+    Args:
+        todo: the runs of this profile.
+        seconds: what tell_plan gave: of an epoch of each kind of them.
+    """
+    console, first = Console(), todo[0]
+    here = {network_of(one): seconds[kind_of(one)] for one in todo}
+    folder = packaged("conf") / "profile" / first.run.data["name"]
+    told = []
+    for name in sorted({file.stem for file in folder.glob("*.yaml")} - {first.run.profile["name"]}):
+        profile = f"profile={folder.name}/{name}"
+        other = plan.runs(
+            experiment,
+            [[*(one for one in given if not one.startswith("profile=")), profile] for given in grid],
+            compose,
+        )
+        like_first = next((one.run for one in other if network_of(one) == network_of(first)), None)
+        if like_first is None:
+            continue
+        with console.status(f"measuring a few steps at {profile}"):
+            scale = seconds_per_epoch(like_first) / here[network_of(first)]
+        epochs = ((one.run.training.epochs, here.get(network_of(one), mean(here.values()))) for one in other)
+        total = sum(number * scale * epoch for number, epoch in epochs) / min(workers, len(other))
+        made = like_first.profile.get("published")
+        told.append(f"{profile} about {duration(total)}{f' (as {made})' if made else ''}")
+    if told:
+        console.print(f"On this machine, all runs of other profiles: {', '.join(told)}.", soft_wrap=True)
