@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from skiprnn import GRU, LSTM, Recurrent, RecurrentState, SkipGRU, SkipLSTM
+from skiprnn import Recurrent, RecurrentState
 from skiprnn.model.policies import Skip
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
@@ -40,15 +40,13 @@ SHAPES = {  # B, T, I, H, L
 }
 RATES = {1: "100 %", 2: "50 %", 10: "10 %"}
 CURVE = (1, 2, 3, 4, 6, 10, 20, 50)
-TORCH = {"lstm": nn.LSTM, "gru": nn.GRU}
-PLAIN = {"lstm": LSTM, "gru": GRU}
-SKIP: dict[str, type[SkipLSTM] | type[SkipGRU]] = {"lstm": SkipLSTM, "gru": SkipGRU}
+TORCH = {"lstm": nn.LSTM, "gru": nn.GRU}  # what each cell is compared with
 
 
 def skip_network(cell: str, shape, period: int, engine: str = "native") -> Recurrent:
     """A Skip RNN that updates at one step in `period`, whatever it reads."""
     _, _, inputs, hidden, layers = shape
-    rnn = SKIP[cell](inputs, hidden, layers, engine=engine)
+    rnn = Recurrent(cell, "skip", inputs, hidden, layers, engine=engine)
     assert isinstance(rnn.policy, Skip)
     with torch.no_grad():
         rnn.policy.weight.zero_()
@@ -59,10 +57,8 @@ def skip_network(cell: str, shape, period: int, engine: str = "native") -> Recur
 def desynchronised(rnn: Recurrent, batch: int) -> RecurrentState:
     """An initial state whose rows update at different times."""
     assert isinstance(rnn.policy, Skip)
-    layers = [cell.initial_state(batch) for cell in rnn.cells]
-    h, *c = (torch.stack(entries) for entries in zip(*layers, strict=True))
     q = torch.sigmoid(rnn.policy.bias.detach()).expand(batch, 1)
-    return RecurrentState(h, c[0] if c else None, q, torch.rand(batch, 1) / 2)
+    return rnn.pack([cell.initial_state(batch) for cell in rnn.cells], (q, torch.rand(batch, 1) / 2))
 
 
 def train(rnn: Any, x: Tensor, scattered: bool = False) -> None:
@@ -106,7 +102,7 @@ def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[]
         found[name] = lambda: task(rnn, x, **options)
 
     add("torch", TORCH[cell](inputs, hidden, layers, batch_first=True))
-    add("always", PLAIN[cell](inputs, hidden, layers, engine="native"))
+    add("always", Recurrent(cell, "always", inputs, hidden, layers, engine="native"))
     for period, rate in RATES.items():
         rnn = skip_network(cell, shape, period)
         add(f"skip {rate}", rnn)
@@ -120,10 +116,9 @@ def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[]
 def floor(cell: str, shape, rate: float, task, flops_per_second: float) -> float:
     """Seconds that the matrix products of the updates alone would take at the speed of a large matrix product."""
     batch, steps, inputs, hidden, layers = shape
-    gates = {"lstm": 4, "gru": 3}[cell]
-    columns = inputs + hidden + (layers - 1) * 2 * hidden
+    multiplied = sum(layer.flops_per_update() for layer in Recurrent(cell, "always", inputs, hidden, layers).cells)
     products = 3 if task is train else 1  # backward: the gradients of the state and of the weights
-    return 2 * products * batch * steps * rate * gates * hidden * columns / flops_per_second
+    return 2 * products * batch * steps * rate * multiplied / flops_per_second
 
 
 def matrix_speed() -> float:

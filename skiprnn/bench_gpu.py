@@ -14,13 +14,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from skiprnn import GRU, LSTM, SAGRU, bench
+from skiprnn import SAGRU, bench
 from skiprnn.model import engines
+from skiprnn.model.cells import CELLS
 from skiprnn.model.recurrent import Recurrent
 
 SHAPE = bench.SHAPES["mnist"]
 PACKS = (1, 4, 8, 24)
-GATES = {"lstm": 4, "gru": 3}
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -53,7 +53,8 @@ def packed_step(networks: list[Recurrent], x: Tensor, train: bool) -> None:
     with torch.set_grad_enabled(train):
         results = engines.run_packed(networks[0].engine_for(x), [rnn.prepare(x) for rnn in networks])
         if train:
-            sum(states[-1][0].square().sum() + 1e-4 * u.sum() for _, states, _, u in results).backward()
+            losses = [result.states[-1][0].square().sum() + 1e-4 * result.updates.sum() for result in results]
+            torch.stack(losses).sum().backward()
             for rnn in networks:
                 rnn.zero_grad(set_to_none=True)
 
@@ -64,9 +65,9 @@ def functions(shape, train: bool, device: torch.device, engine: str, packs=PACKS
     x = torch.rand(batch, steps, inputs, device=device)
     task = bench.train if train else bench.infer
     found: dict[str, Callable[[], object]] = {}
-    for cell, plain in (("lstm", LSTM), ("gru", GRU)):
+    for cell in bench.TORCH:
         found[f"cuDNN {cell}"] = partial(task, bench.TORCH[cell](inputs, hidden, batch_first=True).to(device), x)
-        found[cell] = partial(task, plain(inputs, hidden, engine=engine).to(device), x)
+        found[cell] = partial(task, Recurrent(cell, "always", inputs, hidden, engine=engine).to(device), x)
         for period, rate in bench.RATES.items():
             rnn = bench.skip_network(cell, shape, period, engine).to(device)
             found[f"skip {cell} {rate}"] = partial(task, rnn, x)
@@ -86,11 +87,12 @@ def floors(shape, train: bool, device: torch.device, repetitions: int, size: int
     flops = 2 * size**3 / measured["product"]
     bandwidth = 2 * values.numel() * values.element_size() / measured["copy"]
     result = {}
-    for cell, gates in GATES.items():
+    for cell in bench.TORCH:
+        gates, entries = len(CELLS[cell].gates), len(CELLS[cell].state_names)
         multiplied = 2 * batch * steps * gates * hidden * (inputs + hidden) * (3 if train else 1)
         # h once in inference; in training also c and the gates, written once and read once, and the gates' gradients
         kept = batch * steps * hidden * 4
-        moved = kept * (2 * (1 + (cell == "lstm") + gates) + 2 * gates) if train else kept
+        moved = kept * (2 * (entries + gates) + 2 * gates) if train else kept
         result[cell] = {"arithmetic": multiplied / flops, "memory": moved / bandwidth}
     return result
 
@@ -114,7 +116,7 @@ def table(report: dict) -> Table:
     result = Table("task", "network", "ms", "/ cuDNN", "% of arithmetic", "% of memory", title=report["device"])
     for task, times in report["times"].items():
         for name, taken in times.items():
-            cell = "gru" if "gru" in name else "lstm"
+            cell = next(cell for cell in bench.TORCH if cell in name)
             runs = int(name.split()[-2]) if name.endswith("packed") else 1
             floor = report["floors"][task][cell]
             shares = [f"{100 * runs * floor[kind] / taken:.1f}" for kind in ("arithmetic", "memory")]

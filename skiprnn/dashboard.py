@@ -25,6 +25,7 @@ import pandas as pd
 import vl_convert
 
 from skiprnn import tables
+from skiprnn.model.policies import POLICIES
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import Experiment, PlannedRun, Row, SavedPlan
 from skiprnn.training.config import ConfigError, RunConfig
@@ -85,7 +86,7 @@ def view(plan: SavedPlan) -> dict[str, Any]:
             {
                 "label": text["Model"][index],
                 "model": model.name,
-                "lambda": f"{model.cost_per_sample:g}" if model.policy in ("skip", "selective") else "none",
+                "lambda": f"{model.cost_per_sample:g}" if POLICIES[model.policy].learned else "none",
                 "epochs": [sum(epochs), sum(one.run.training.epochs for one in runs)],
                 "score": spread(line, score),
                 "updates": spread(line, updates),

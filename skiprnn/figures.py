@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from rich.progress import track
 
 from skiprnn import evaluate
 from skiprnn.data.base import DataError
+from skiprnn.model.cells import CELLS
+from skiprnn.model.policies import POLICIES
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import Experiment, PlannedRun
 from skiprnn.training import measures as metrics
@@ -42,21 +44,8 @@ from skiprnn.training.module import SequenceModule
 from skiprnn.views import samples as usage
 from skiprnn.views.samples import STYLE, WIDTH
 
-COLOURS = {  # of a policy; Okabe and Ito's, which the colour-blind tell apart
-    "always": "#000000",
-    "random_steps": "#888888",
-    "random_neurons": "#888888",
-    "skip": "#d55e00",
-    "selective": "#009e73",
-}
-NAMES = {"random_steps": "{}, random", "random_neurons": "{}, random", "skip": "Skip {}", "selective": "SA-{}"}
-CURVES = {
-    "always": "every step updates",
-    "random_steps": "random steps, p_skip at the points",
-    "random_neurons": "random neurons, p_skip at the points",
-    "skip": "Skip RNN, λ at the points",
-    "selective": "SA-RNN, λ at the points",
-}
+BASELINE, RANDOM = "#000000", "#888888"
+PALETTE = ("#d55e00", "#009e73", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: the colour-blind tell
 SCORES = {"accuracy": "accuracy", "mse": "squared error"}
 
 
@@ -76,7 +65,8 @@ class Row:
     @property
     def name(self) -> str:
         """Of the model, as the papers write it: "Skip LSTM"."""
-        return NAMES.get(self.run.model.policy, "{}").format(self.run.model.cell.upper())
+        model = self.run.model
+        return POLICIES[model.policy].label.format(CELLS[model.cell].label)
 
     @property
     def budget(self) -> str:
@@ -86,7 +76,7 @@ class Row:
             return f"p = {model.p_skip:g}"
         mantissa, exponent = f"{model.cost_per_sample:e}".split("e")
         short = f"{float(mantissa):g}e{int(exponent)}" if model.cost_per_sample else "0"
-        return f"λ = {short}" if model.policy in ("skip", "selective") else ""
+        return f"λ = {short}" if POLICIES[model.policy].learned else ""
 
     @property
     def score(self) -> str:
@@ -136,7 +126,7 @@ def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row, (_, settings) in zip(rows, varying.iterrows(), strict=True):
         special = [f"{str(key).rpartition('.')[2]} = {value}" for key, value in settings.items()]
-        found.setdefault(", ".join([row.run.model.cell.upper(), *special]), []).append(row)
+        found.setdefault(", ".join([CELLS[row.run.model.cell].label, *special]), []).append(row)
     return found
 
 
@@ -179,21 +169,44 @@ def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return models
 
 
+def colour(policy: str) -> str:
+    """Black and grey for what does not learn, the palette's next for each policy that does; a second one of a kind
+    without learning has one of the palette, too."""
+    colours: dict[str, str] = {}
+    others = cycle(PALETTE)
+    kinds = set()
+    for name, kind in POLICIES.items():
+        first = (kind.family, kind.draws) not in kinds
+        plain = None if kind.learned or not first else RANDOM if kind.draws else BASELINE
+        colours[name] = plain or next(others)
+        if plain:
+            kinds.add((kind.family, kind.draws))
+    return colours[policy]
+
+
+def curve_label(policy: str) -> str:
+    """Of a policy's points: what it is, and what stands beside them."""
+    kind = POLICIES[policy]
+    if kind.draws:
+        return f"random {kind.family}s, p_skip at the points"
+    return f"{kind.label.format('RNN')}, λ at the points" if kind.learned else kind.label.format("RNN")
+
+
 def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
     """One model's points, each with its budget beside it."""
     points = sorted((row.test("state_updates") + row.test(row.score), row.budget) for row in rows)
     x, x_error, y, y_error = np.array([point for point, _ in points]).T
     style: dict[str, Any] = {
-        "color": COLOURS[policy],
+        "color": colour(policy),
         "linewidth": 1,
         "elinewidth": 0.6,
         "marker": "o",
         "markersize": 3,
     }
-    axes.errorbar(x, y, y_error, x_error, label=CURVES[policy], **style)
+    axes.errorbar(x, y, y_error, x_error, label=curve_label(policy), **style)
     edge = 0.1 * rows[0].records[0]["steps"]  # left of it a text would run into the axis
     for number, (_, budget) in enumerate(points):
-        side = 1 if policy.startswith("random") or x[number] < edge else -1
+        side = 1 if POLICIES[policy].draws or x[number] < edge else -1
         beside = min(max(number + side, 0), len(points) - 1)
         axes.annotate(
             budget.rpartition(" ")[2],
@@ -244,7 +257,7 @@ def shades(rows: Sequence[Row]) -> list[np.ndarray]:
     policies = [row.run.model.policy for row in rows]
     for index, policy in enumerate(policies):
         paleness = 0.7 * (policies[index:].count(policy) - 1) / max(policies.count(policy) - 1, 1)
-        colours.append(np.array(to_rgb(COLOURS[policy])) * (1 - paleness) + paleness)
+        colours.append(np.array(to_rgb(colour(policy))) * (1 - paleness) + paleness)
     return colours
 
 
@@ -258,12 +271,11 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[], Figure | s
         yield f"curves-{re.sub(r'[^a-z0-9.]+', '-', title.lower())}", partial(curves, members)
     for row in rows:
         name = f"{row.number}-{row.run.row}"
-        if row.run.model.policy == "skip":
-            yield f"usage-{name}", partial(of_best, row, usage.usage)
-            if row.run.data["name"] == "imdb":
-                yield f"usage-{name}", partial(of_best, row, usage.words_page)
-        elif row.run.model.policy == "selective":
-            yield f"neurons-{name}", partial(of_best, row, usage.neurons)
+        draw = usage.of_policy(POLICIES[row.run.model.policy])
+        if draw:
+            yield f"{draw.__name__}-{name}", partial(of_best, row, draw)
+        if draw is usage.usage and row.run.data["name"] == "imdb":
+            yield f"usage-{name}", partial(of_best, row, usage.words_page)
 
 
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:

@@ -18,6 +18,7 @@ from hydra.utils import get_class
 from torch import Tensor
 
 from skiprnn.model import pretrained
+from skiprnn.model.policies import POLICIES
 from skiprnn.model.recurrent import CLASSES, Recurrent
 from skiprnn.papers import experiments
 from skiprnn.training import measures as metrics
@@ -25,13 +26,6 @@ from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, read_checkpoint, write_atomically
 
 FILE = f"model{pretrained.SUFFIX}"
-ABOUT = {
-    "always": "The papers' baseline: updates its state at every step.",
-    "random_steps": "The baseline of Skip RNN (Campos et al., ICLR 2018): skips random steps, in use as in training.",
-    "random_neurons": "The baseline of SA-RNN (Hartvigsen et al., CIKM 2020): random neurons skip each step.",
-    "skip": "Skip RNN (Campos et al., ICLR 2018): has learned at which steps to update its state.",
-    "selective": "SA-RNN (Hartvigsen et al., CIKM 2020): has learned which neurons to update at each step.",
-}
 CARD = """\
 ---
 library_name: skiprnn
@@ -96,7 +90,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         kind=CLASSES.get((model["cell"], model["policy"]), Recurrent).__name__,
         data=data["name"],
         seed=record["config"]["seed"],
-        about=ABOUT[model["policy"]],
+        about=POLICIES[model["policy"]].about,
         parameters=record["parameters"],
         data_says=" ".join(description.split("\n\n")[0].split()),
         data_settings=_listed(data, "name", "_target_"),

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from skiprnn.data.ucf101.store import appending
-from skiprnn.model.engines.native import operator
 from skiprnn.training import config
 from skiprnn.training.config import RunConfig
 
@@ -56,26 +55,14 @@ def command(*arguments: str, script: str | None = None, **options) -> subprocess
 
 @contextmanager
 def triton_kernels():
-    """The GPU engine's kernels, products in full precision, for a GPU or, interpreted, for the CPU.
-
-    One process holds the native engine and the interpreter, so that in the latter they stand in for the native ones.
-    """
+    """The GPU engine's products in full precision, on a GPU or, interpreted, on the CPU; skips without Triton."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from skiprnn.model.engines.triton import operator as gpu
-
-    interpreted = not torch.cuda.is_available()
-    kernels = {operator.recurrence: gpu.forward, operator.recurrence_backward: gpu.backward}
-    native = {op: op._init_fn for op in kernels}
     precision = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    for op, kernel in kernels.items() if interpreted else ():
-        op.register_kernel("cpu")(kernel)
     try:
         yield
     finally:
         torch.backends.cudnn.rnn.fp32_precision = precision
-        for op, function in native.items() if interpreted else ():
-            op.register_kernel("cpu")(function)
 
 
 def make_small_ucf101(root: Path) -> None:

@@ -29,11 +29,6 @@ def sigmoid(a: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-a))
 
 
-def layer_norm(a: np.ndarray, gain: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Over the last axis, 1e-3 added to the standard deviation."""
-    return gain * (a - a.mean(-1, keepdims=True)) / (a.std(-1, keepdims=True) + 1e-3) + bias
-
-
 def numpy_matrix(cell: Cell, gate: int) -> np.ndarray:
     """One gate's weights over [x, h], (H, I + H)."""
     rows = slice(gate * cell.hidden_size, (gate + 1) * cell.hidden_size)
@@ -43,20 +38,17 @@ def numpy_matrix(cell: Cell, gate: int) -> np.ndarray:
 def numpy_step(cell: Cell, x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
     """The papers' formulas, written out over concatenated [x, h]."""
     inputs, h = x.numpy(), state[0].numpy()
-    biases = cell.bias.detach().numpy().reshape(cell.gates, -1)
+    biases = cell.bias.detach().numpy().reshape(len(cell.gates), -1)
 
-    def gate(k: int, previous: np.ndarray, normalised: bool = True) -> np.ndarray:
-        a = np.concatenate([inputs, previous], 1) @ numpy_matrix(cell, k).T + biases[k]
-        if cell.layer_norm and normalised:
-            return layer_norm(a, cell.norm_gain[k].detach().numpy(), cell.norm_bias[k].detach().numpy())
-        return a
+    def gate(k: int, previous: np.ndarray) -> np.ndarray:
+        return np.concatenate([inputs, previous], 1) @ numpy_matrix(cell, k).T + biases[k]
 
     if isinstance(cell, LSTMCell):
         i, j, f, o = (gate(k, h) for k in range(4))
         c = state[1].numpy() * sigmoid(f + 1) + sigmoid(i) * np.tanh(j)
         return [np.tanh(c) * sigmoid(o), c]
     r, u = sigmoid(gate(0, h)), sigmoid(gate(1, h))
-    candidate = np.tanh(gate(2, r * h, normalised=False))
+    candidate = np.tanh(gate(2, r * h))
     return [u * h + (1 - u) * candidate]
 
 
@@ -81,11 +73,10 @@ def test_lstm_is_torch_lstm_with_permuted_gates_and_forget_bias_one():
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("name", CELLS)
-def test_step_is_the_numpy_formula(name, layer_norm):
+def test_step_is_the_numpy_formula(name):
     torch.manual_seed(1)
-    cell = randomised(CELLS[name](I, H, layer_norm=layer_norm))
+    cell = randomised(CELLS[name](I, H))
     x, state = torch.randn(B, I, dtype=torch.float64), random_state(cell)
     for ours, expected in zip(cell(x, state), numpy_step(cell, x, state), strict=True):
         np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -110,24 +101,6 @@ def test_gru_differs_from_torch_gru_by_the_place_of_the_reset_gate_alone():
     with torch.no_grad():
         cell.bias[:H] = 100.0  # r = 1: before or after the product is the same
     torch.testing.assert_close(cell(x, state)[0], torch_gru(cell)(x, state[0]), rtol=1e-12, atol=1e-12)
-
-
-def test_layer_norm_epsilon_is_added_to_the_standard_deviation():
-    cell = LSTMCell(1, 2, layer_norm=True).double()
-    # deviation of (-d, d) is d: normalised to d / (d + 1e-3) = 1/2 at d = 1e-3; sqrt(var + 1e-3) would give 0.03
-    normalised = cell._normalise(0, torch.tensor([[-1e-3, 1e-3]], dtype=torch.float64))
-    torch.testing.assert_close(normalised, torch.tensor([[-0.5, 0.5]], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_layer_norm_has_a_gradient_where_all_units_are_equal(name):
-    """A zero state and a black first pixel make every pre-activation of a gate equal."""
-    torch.manual_seed(3)
-    cell = CELLS[name](I, H, layer_norm=True, learn_initial_state=False)
-    out = cell(torch.zeros(B, I), cell.initial_state(B))
-    (torch.randn(B, H) * out[0]).sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in cell.parameters())
-    assert cell.bias.grad.abs().max() > 0
 
 
 def assert_uniform(weight: torch.Tensor, limit: float) -> None:
@@ -160,10 +133,6 @@ def test_gru_weights_are_glorot_uniform_gates_and_candidate_apart():
 def test_initial_biases():
     assert LSTMCell(I, H).bias.tolist() == [0.0] * 4 * H
     assert GRUCell(I, H).bias.tolist() == [1.0] * 2 * H + [0.0] * H
-    normalised = GRUCell(I, H, layer_norm=True)
-    assert normalised.norm_gain.tolist() == [[1.0] * H] * 2  # reset and update gate, not the candidate
-    assert normalised.norm_bias.tolist() == [[0.0] * H] * 2
-    assert LSTMCell(I, H, layer_norm=True).norm_gain.shape == (4, H)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -193,7 +162,7 @@ def test_initial_states_can_be_fixed_zeros(name):
 @pytest.mark.parametrize("name", CELLS)
 def test_reset_parameters_draws_everything_anew(name):
     torch.manual_seed(7)
-    cell = CELLS[name](I, H, layer_norm=True)
+    cell = CELLS[name](I, H)
     before = {key: value.detach().clone() for key, value in cell.named_parameters()}
     with torch.no_grad():
         for parameter in cell.parameters():
@@ -201,15 +170,13 @@ def test_reset_parameters_draws_everything_anew(name):
     cell.reset_parameters()
     for key, value in cell.named_parameters():
         assert not (value == 9).any(), key
-        constant = key in ("bias", "norm_gain", "norm_bias")
-        assert torch.equal(value, before[key]) == constant, key
+        assert torch.equal(value, before[key]) == (key == "bias"), key
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("name", CELLS)
-def test_gradients_agree_with_finite_differences(name, layer_norm):
+def test_gradients_agree_with_finite_differences(name):
     torch.manual_seed(8)
-    cell = randomised(CELLS[name](2, 3, layer_norm=layer_norm))
+    cell = randomised(CELLS[name](2, 3))
     names, parameters = zip(*cell.named_parameters(), strict=True)
     x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
 
@@ -219,3 +186,14 @@ def test_gradients_agree_with_finite_differences(name, layer_norm):
         return torch.func.functional_call(cell, named, (x, state))
 
     assert torch.autograd.gradcheck(step, (x, *parameters))
+
+
+@pytest.mark.parametrize(("name", "gates"), [("lstm", 4), ("gru", 3)])
+def test_an_update_costs_the_products_with_the_weights(name, gates):
+    assert CELLS[name](I, H).flops_per_update() == gates * H * (I + H)
+
+
+def test_a_cell_that_overrides_forward_is_refused():
+    """Engines call step on an input that is projected already: forward would be ignored."""
+    with pytest.raises(TypeError, match="Late: a cell's forward is step"):
+        type("Late", (LSTMCell,), {"forward": lambda self, x, state: state})

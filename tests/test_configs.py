@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONF, command, compose, make_small_ucf101
+from omegaconf import OmegaConf
 
 from skiprnn import train
 from skiprnn.data.base import DataError
@@ -144,14 +145,25 @@ def test_a_later_option_is_part_of_what_a_run_is_unless_it_stands_at_its_default
     assert RunConfig.of(warm.identity) == RunConfig.of(warm.identity | {"seed": 0})
 
 
+def test_a_retired_option_is_read_at_its_last_value_alone():
+    run = config.read(compose([]))
+    assert run.identity["model"]["layer_norm"] is False
+    older = OmegaConf.create(run.identity)
+    assert config.read(older).hash == RunConfig.of(run.identity).hash == run.hash
+    older.model.layer_norm = True
+    for reading in (config.read, RunConfig.of):
+        with pytest.raises(ConfigError, match=r"model.layer_norm=True: there is no such option any more"):
+            reading(older)
+
+
 def test_unknown_data_argument_is_named():
     with pytest.raises(ConfigError, match=r"data=digits: .*colour"):
         train.make_data(config.read(compose(["+data.colour=red"])))
 
 
 def test_what_shows_only_with_the_data_is_named(small_run):
-    with pytest.raises(ConfigError, match=r"skip_lstm.*on digits: the native engine can't run this: .*normalisation"):
-        train.make_module(small_run("engine=native", "model.layer_norm=true"), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"skip_lstm.*on digits: the compact engine can't run this: a learned"):
+        train.make_module(small_run("engine=compact"), torch.device("cpu"))
     with pytest.raises(ConfigError, match="on digits: batch_size 5000 with drop_last leaves none"):
         train.make_module(small_run("training.batch_size=5000", "data.drop_last=true"), torch.device("cpu"))
 

@@ -1,6 +1,7 @@
 """The other engines against the reference engine, which defines the meaning; streaming against whole sequences."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from skiprnn import Recurrent, RecurrentState, SkipGRU, SkipLSTM
 from skiprnn.model import engines
-from skiprnn.model.engines.native import build, operator
+from skiprnn.model.engines import operator
+from skiprnn.model.engines.native import build
+from skiprnn.model.engines.native import operator as native
 from skiprnn.model.policies import POLICIES
 
 requires_native = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
@@ -80,7 +84,7 @@ def random_state(cell, policy, batch, hidden, dtype=torch.float64):
 @settings(max_examples=120, deadline=None)
 @given(
     cell=st.sampled_from(["lstm", "gru"]),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(list(POLICIES)),
     sizes=st.tuples(st.integers(1, 7), st.integers(1, 14), st.integers(1, 5), st.integers(1, 19), st.integers(1, 3)),
     bias=st.sampled_from([-4.0, -2.5, -1.5, -0.5, 0.0, 2.0]),
     blank=st.booleans(),
@@ -105,9 +109,90 @@ def test_native_equals_reference(cell, policy, sizes, bias, blank, alike, ragged
     for engine in ("reference", "native"):
         rnn = network(cell, policy, inputs, hidden, layers, engine, seed, bias, epoch, dtype=torch.float64)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operator, "WIDE", 0 if wide else operator.WIDE)  # x projected in one product, or step by step
+            patch.setattr(native, "WIDE", 0 if wide else native.WIDE)  # x projected in one product, or step by step
             runs.append(results(rnn, x, seed, state, lengths, input_gradient=not alike))
     assert_equal(runs[1], runs[0], 1e-10)
+
+
+@requires_native
+@settings(max_examples=120, deadline=None)
+@given(
+    cell=st.sampled_from(["lstm", "gru"]),
+    policy=st.sampled_from(list(POLICIES)),
+    value=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    place=st.sampled_from(["x", "state", *range(12)]),  # or in the parameter of this number
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 19), st.integers(1, 2)),
+    alike=st.booleans(),
+    ragged=st.booleans(),
+    wide=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_engines_agree_on_nan_and_inf(cell, policy, value, place, sizes, alike, ragged, wide, seed):
+    """Where one number is nan or infinite: the same outputs, states and updates, nan and infinite at the same places.
+
+    Gradients are equal where the reference's are finite. Elsewhere none is finite, but at steps that are skipped: there
+    plain autograd's 0 * nan is nan, the other engines pass by.
+    """
+    batch, steps, inputs, hidden, layers = sizes
+    torch.manual_seed(seed)
+    x = torch.randn(batch, steps, inputs, dtype=torch.float64)
+    for row, common in zip(x, torch.randint(0, steps + 1, (batch,)), strict=True) if alike else ():
+        row[:common] = x[0, :common]
+    state = random_state(cell, policy, batch, hidden) if place == "state" and layers == 1 else None
+    spoil = {"x": [x], "state": [part for part in state or [] if part is not None]}.get(place, [])
+    if spoil:
+        spoil[seed % len(spoil)].view(-1)[seed % spoil[seed % len(spoil)].numel()] = value
+    lengths = torch.randint(1, steps + 1, (batch,)) if ragged else None
+    runs = []
+    for engine in ("reference", "native"):
+        rnn = network(cell, policy, inputs, hidden, layers, engine, seed, -1.0, dtype=torch.float64)
+        if isinstance(place, int):
+            parameters = list(rnn.parameters())
+            parameter = parameters[place % len(parameters)].detach().view(-1)
+            parameter[seed % len(parameter)] = value
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "WIDE", 0 if wide else native.WIDE)
+            runs.append(results(rnn, x, seed, state, lengths, input_gradient=not alike))
+    skips = policy in ("random_steps", "skip") or ragged
+    for name, expected in runs[0].items():
+        actual = runs[1][name]
+        if expected is None or actual is None:
+            assert all(gradient is None or not gradient.any() for gradient in (expected, actual)), name
+        elif name.startswith("gradient"):
+            finite = expected.isfinite()
+            assert torch.allclose(actual[finite], expected[finite], rtol=1e-8, atol=1e-9), name
+            assert skips or not actual[~finite].isfinite().any(), name
+        else:
+            assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-12, equal_nan=True), name
+
+
+@pytest.mark.parametrize("engine", ["reference", "compact", pytest.param("native", marks=requires_native)])
+@pytest.mark.parametrize("policy", ["random_steps", "skip"])
+def test_a_skipped_sample_may_be_nan(policy, engine):
+    rnn = network("lstm", policy, 2, 6, 1, engine, bias=-2.0)
+    x = torch.randn(3, 20, 2)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected, _, updates = rnn(x)
+        x[updates == 0] = torch.nan
+        torch.manual_seed(1)
+        output, *_ = rnn(x)
+    assert 0.1 < updates.mean() < 0.9
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("engine", ["reference", "compact", pytest.param("native", marks=requires_native)])
+def test_a_gate_that_is_nan_shows(engine):
+    """In all that follows, the updates included."""
+    rnn = network("gru", "skip", 1, 3, 1, engine, bias=-1.0)
+    x = torch.ones(2, 9, 1)
+    x[0, 0] = torch.nan
+    with torch.no_grad():
+        output, state, updates = rnn(x)
+    assert updates[0].isnan().tolist() == [False, *[True] * 8]
+    assert output[0].isnan().all()
+    assert all(part is None or part.select(-2, 0).isnan().all() for part in state)
+    assert output[1].isfinite().all()
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -310,6 +395,7 @@ def test_opcheck(policy, states):
     }.get(policy, [])
     draw = torch.ones(3, 6, 4, dtype=torch.float64) if policy == "random_neurons" else None
     arguments = (
+        "native",
         "lstm",
         policy,
         tensor(3, 6, 2).requires_grad_(states == 3),
@@ -330,9 +416,63 @@ def test_opcheck(policy, states):
 def test_one_state_for_all_sequences_rules_out_a_gradient_of_x():
     weights = [torch.randn(9, 2), torch.randn(9, 3), torch.randn(9)]
     x = torch.randn(4, 5, 2, requires_grad=True)
-    output, *_ = operator.recurrence("gru", "always", x, [torch.zeros(1, 3)], weights, [], [], None, None, True)
+    output, *_ = operator.recurrence(
+        "native", "gru", "always", x, [torch.zeros(1, 3)], weights, [], [], None, None, True
+    )
     with pytest.raises(RuntimeError, match="a state for each sequence where x has a gradient"):
         output.sum().backward()
+
+
+@requires_native
+def test_the_cpp_side_knows_the_same_cells_and_policies():
+    """Enumerations, gates and the fields of its structs, in the same order."""
+    header = {name: (build.FOLDER / f"{name}.h").read_text() for name in ("problem", "cells")}
+
+    def enumeration(declaration: str, file: str) -> list[str]:
+        return [
+            name.strip().removeprefix("k")
+            for name in re.search(declaration + r" \{(.*?)\}", header[file])[1].split(",")
+        ]
+
+    def camel(name: str) -> str:
+        return "".join(part.capitalize() for part in name.split("_"))
+
+    assert enumeration("enum class Cell", "problem") == [camel(name) for name in operator.CELLS]
+    assert enumeration("enum class Policy", "problem") == [camel(name) for name in operator.POLICIES]
+    for cell in operator.CELLS.values():
+        assert enumeration(f"enum {cell.name.capitalize()}Gate", "cells") == [camel(gate) for gate in cell.gates]
+    for struct, mirror in (("SkiprnnLayer", native.LayerStruct), ("SkiprnnProblem", native.ProblemStruct)):
+        body = re.sub(r"//.*", "", re.search(rf"struct {struct} \{{(.*?)\}};", header["problem"], re.DOTALL)[1])
+        fields = [re.search(r"(\w+)\s*$", part)[1] for part in re.split("[,;]", body) if part.strip()]
+        assert fields == [name for name, _ in mirror._fields_]
+
+
+@requires_native
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda rnn: setattr(rnn.cells[0], "weight_hh", nn.Parameter(torch.zeros(12, 3))),
+            "weight_hh .* got .*(12, 3)",
+        ),
+        (lambda rnn: setattr(rnn.policy, "weight", nn.Parameter(torch.zeros(5))), "policy_weight .* got .*(5,)"),
+        (lambda rnn: rnn.policy.double(), "policy_weight .* got torch.float64"),
+    ],
+)
+def test_no_pointer_is_handed_over_unchecked(spoil, message):
+    rnn = SkipGRU(2, 4, engine="native")
+    spoil(rnn)
+    with pytest.raises(ValueError, match="the native engine needs " + message):
+        rnn(torch.zeros(1, 3, 2))
+
+
+@requires_native
+def test_parameters_may_be_strided():
+    rnn, plain = SkipGRU(2, 4, engine="native"), SkipGRU(2, 4, engine="reference")
+    plain.load_state_dict(rnn.state_dict())
+    rnn.cells[0].weight_hh = nn.Parameter(rnn.cells[0].weight_hh.detach().T.contiguous().T)
+    x = torch.randn(3, 6, 4)[..., ::2]
+    torch.testing.assert_close(rnn(x)[0], plain(x)[0])
 
 
 @requires_native
@@ -340,14 +480,8 @@ def test_auto_takes_what_serves():
     x = torch.randn(2, 5, 3)
     assert SkipLSTM(3, 4).engine_for(x) == "native"
     assert SkipLSTM(3, 4, engine="reference").engine_for(x) == "reference"
-    assert SkipLSTM(3, 4, layer_norm=True).engine_for(x) == "reference"
-    with torch.no_grad():
-        assert SkipLSTM(3, 4, layer_norm=True).engine_for(x) == "compact"
     with pytest.raises(ValueError, match="candidates that were not taken"):
         SkipLSTM(3, 4, engine="compact")(x)
-    SkipLSTM(3, 4, layer_norm=True)(x)
-    with pytest.raises(ValueError, match="layer normalisation"):
-        SkipLSTM(3, 4, layer_norm=True, engine="native")(x)
     with pytest.raises(ValueError, match="unknown engine"):
         SkipLSTM(3, 4, engine="nativ")
     assert set(engines.ENGINES) == {"reference", "compact", "native", "triton"}

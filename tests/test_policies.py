@@ -14,6 +14,7 @@ from skiprnn.model.policies import (
     Selective,
     Skip,
     make_policy,
+    mix,
     straight_through_round,
 )
 
@@ -130,7 +131,7 @@ def test_four_steps_by_hand():
     for top in tops:
         accumulated.append(policy.decide(gate, None))
         updates.append(straight_through_round(accumulated[-1]))
-        gate = policy.advance(gate, accumulated[-1], updates[-1], top)
+        gate = mix(updates[-1], policy.after_update(gate, top), policy.after_skip(gate, accumulated[-1]))
         gates.append([part.item() for part in gate])
     assert [a.item() for a in accumulated] == pytest.approx([1.0, 0.2, 0.4, 0.6])
     assert [u.item() for u in updates] == [1.0, 0.0, 0.0, 1.0]

@@ -248,7 +248,7 @@ OVERRIDES = [
     "data=mnist profile=mnist/cpu training.epochs=1",  # below the profile's cost_free_epochs
     "data=mnist profile=mnist/cpu training.epochs=1 training.cost_free_epochs=0",
     "data=adding data.length=7 seed=3",
-    "model=random_skip_gru model.p_skip=0.2 model.layer_norm=true",
+    "model=random_skip_gru model.p_skip=0.2 model.learn_initial_state=false",
     "model=random_skip_gru model.p_skip=null",
     "model=lstm model.cost_per_sample=1e-4",  # λ is not among lstm's settings
     "model.hidden_size=many",

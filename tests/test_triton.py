@@ -152,9 +152,8 @@ def test_packed_runs_equal_single_ones(policy, layers):
         calls = []
         for rnn, batch in zip(networks, x, strict=True):
             rnn.zero_grad()
-            states, gate = rnn._unpack(None, len(batch))
-            calls.append((rnn.cells, rnn.policy, batch, states, gate, rnn.policy.draw(batch, 5), None))
-        found = engines.run_packed("triton", calls) if packed else [triton.run(*call) for call in calls]
+            calls.append(rnn.prepare(batch))
+        found = engines.run_packed("triton", calls) if packed else [triton.run(call) for call in calls]
         sum((run + 1) * (output.square().sum() + u.sum()) for run, (output, _, _, u) in enumerate(found)).backward()
         gradients = [parameter.grad for rnn in networks for parameter in rnn.parameters() if parameter.grad is not None]
         outcomes.append([output.detach() for output, *_ in found] + [gradient.clone() for gradient in gradients])
@@ -165,8 +164,6 @@ def test_packed_runs_equal_single_ones(policy, layers):
 def test_auto_never_interprets_and_says_what_it_cannot_do():
     x = torch.randn(1, 3, 2)
     assert SkipLSTM(2, 4).engine_for(x) != "triton"
-    with pytest.raises(ValueError, match="layer normalisation"):
-        SkipLSTM(2, 4, layer_norm=True, engine="triton").engine_for(x)
     with pytest.raises(ValueError, match="up to 512 units"):
         LSTM(2, 513, engine="triton").engine_for(x)
 

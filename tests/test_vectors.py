@@ -88,7 +88,7 @@ def skip_variables(kind: str, arrays, rnn: Recurrent) -> Variables:
             parameter = getattr(cell, f"initial_{name}")
             variables.add(f"{prefix}initial_{name}.initial_state", [(parameter, ALL, lambda v: v)])
         two = 2 * cell.hidden_size
-        parts = {"": slice(None)} if cell.gates == 4 else {"gates.": slice(0, two), "candidate.": slice(two, None)}
+        parts = {"": slice(None)} if len(cell.gates) == 4 else {"gates.": slice(0, two), "candidate.": slice(two, None)}
         for part, rows in parts.items():
             variables.add(f"{scope}{prefix}{part}Weights", tensorflow_matrix(cell, rows))
             variables.add(f"{scope}{prefix}{part}Biases", [(cell.bias, rows, lambda v: v)])

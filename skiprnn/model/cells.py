@@ -4,7 +4,8 @@ Shapes: B batch, T steps, I input, H hidden, G gates. A cell's state is a tuple 
 entry is what the Skip policy looks at (the cell state c of an LSTM, h of a GRU). Weights follow torch.nn.LSTM's layout,
 (G*H, I) and (G*H, H), with the gates in the authors' order.
 
-Source: src/rnn_cells/{basic_rnn_cells,skip_rnn_cells,rnn_ops}.py of imatge-upc/skiprnn-2017-telecombcn.
+Source: src/rnn_cells/{basic_rnn_cells,skip_rnn_cells}.py of imatge-upc/skiprnn-2017-telecombcn. Their optional layer
+normalisation, which no experiment of the papers uses, is the example of docs/extending.md.
 """
 
 import math
@@ -17,38 +18,39 @@ from torch.nn import functional
 
 State = tuple[Tensor, ...]
 
-LAYER_NORM_EPSILON = 1e-3  # added to the standard deviation, not to the variance
-
 
 class Cell(nn.Module, ABC):
-    """What LSTM and GRU share: weights over [x, h], initial state, optional layer normalisation.
+    """What cells share: weights over [x, h] and an initial state. What a cell is, its class says.
+
+    The fast engines know LSTMCell and GRUCell, no subclass of them: every other cell runs on the reference engine.
 
     Args:
         input_size: I.
         hidden_size: H.
-        layer_norm: normalise the pre-activation of each gate over its H units (gain, bias).
         learn_initial_state: the initial state is one trainable vector per state entry, drawn from N(0, 1) and shared
             by the batch, as in the Skip RNN authors' code; otherwise zeros, as in SA-RNN's.
     """
 
-    gates: ClassVar[int]  # G, matrix products of size (I + H) x H per step: the FLOPs of a step follow from it
-    normalised_gates: ClassVar[int]  # the leading gates that layer normalisation applies to
-    state_names: ClassVar[tuple[str, ...]]
+    name: ClassVar[str]  # in configs and records
+    label: ClassVar[str]  # in tables and figures
+    gates: ClassVar[tuple[str, ...]]  # G, in the order of the weights' blocks of H rows
+    state_names: ClassVar[tuple[str, ...]]  # of the state's entries, "h" first
     initial_bias: ClassVar[tuple[float, ...]]  # per gate
 
     weight_ih: nn.Parameter  # (G*H, I)
     weight_hh: nn.Parameter  # (G*H, H)
     bias: nn.Parameter  # (G*H,)
 
-    def __init__(self, input_size: int, hidden_size: int, layer_norm: bool = False, learn_initial_state: bool = True):
+    def __init_subclass__(cls) -> None:
+        if "forward" in vars(cls):  # the engines would not call it
+            raise TypeError(f"{cls.__name__}: a cell's forward is step(project(x), state); override these")
+
+    def __init__(self, input_size: int, hidden_size: int, learn_initial_state: bool = True):
         super().__init__()
-        self.input_size, self.hidden_size, self.layer_norm = input_size, hidden_size, layer_norm
-        self.weight_ih = nn.Parameter(torch.empty(self.gates * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(self.gates * hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(self.gates * hidden_size))
-        if layer_norm:
-            self.norm_gain = nn.Parameter(torch.empty(self.normalised_gates, hidden_size))
-            self.norm_bias = nn.Parameter(torch.empty(self.normalised_gates, hidden_size))
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.weight_ih = nn.Parameter(torch.empty(len(self.gates) * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(len(self.gates) * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(len(self.gates) * hidden_size))
         self.learn_initial_state = learn_initial_state
         for name in self.state_names:
             if learn_initial_state:
@@ -66,24 +68,26 @@ class Cell(nn.Module, ABC):
                 nn.init.uniform_(part, -limit, limit)
         with torch.no_grad():
             self.bias.copy_(torch.tensor(self.initial_bias).repeat_interleave(hidden))
-        if self.layer_norm:
-            nn.init.ones_(self.norm_gain)
-            nn.init.zeros_(self.norm_bias)
         if self.learn_initial_state:
             for initial in self.initial_state(1):
                 nn.init.normal_(initial)
 
-    @abstractmethod
     def _matrices(self) -> list[tuple[tuple[Tensor, Tensor], int]]:
-        """The authors' matrices as (parts over x and over h, number of columns), for Glorot's fan-in + fan-out."""
+        """The matrices as (parts over x and over h, number of columns), for Glorot's fan-in + fan-out."""
+        return [((self.weight_ih, self.weight_hh), len(self.gates) * self.hidden_size)]
 
     def initial_state(self, batch_size: int) -> State:
         """The state before the first step: (B, H) per entry, views of the one vector shared by the batch."""
         return tuple(getattr(self, f"initial_{name}").expand(batch_size, -1) for name in self.state_names)
 
+    @property
+    def total_bias(self) -> Tensor:
+        """(G*H,): the bias, and what is added to it for good."""
+        return self.bias
+
     def project(self, x: Tensor) -> Tensor:
         """The part of the pre-activations that depends on the input alone: (..., I) -> (..., G*H)."""
-        return functional.linear(x, self.weight_ih, self.bias)
+        return functional.linear(x, self.weight_ih, self.total_bias)
 
     @abstractmethod
     def step(self, projected: Tensor, state: State) -> State:
@@ -93,47 +97,49 @@ class Cell(nn.Module, ABC):
         """The candidate state from the input x (B, I) and the previous state."""
         return self.step(self.project(x), state)
 
-    def _normalise(self, gate: int, preactivation: Tensor) -> Tensor:
-        """Layer normalisation of one gate's pre-activation (B, H), if the cell has it (rnn_ops.layer_norm)."""
-        if not self.layer_norm:
-            return preactivation
-        centred = preactivation - preactivation.mean(-1, keepdim=True)
-        # a norm, not the root of a mean of squares: its gradient is 0, not nan, where all units are equal
-        deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(centred.shape[-1])
-        return self.norm_gain[gate] * centred / (deviation + LAYER_NORM_EPSILON) + self.norm_bias[gate]
+    def flops_per_update(self) -> int:
+        """Multiplications of one update, as the papers count them ([SKIP] section 4): those with the weights."""
+        return self.weight_ih.numel() + self.weight_hh.numel()
 
 
 class LSTMCell(Cell):
-    """LSTM with gates in the order i, j (candidate), f, o; the forget bias is added on top of a zero-initialised bias.
+    """LSTM; the forget gate's bias is the trained one, which starts at 0, plus 1.
 
-    c~ = c * sigmoid(f + 1) + sigmoid(i) * tanh(j);  h~ = tanh(c~) * sigmoid(o)    (BasicLSTMCell)
+    c~ = c * sigmoid(f) + sigmoid(i) * tanh(j);  h~ = tanh(c~) * sigmoid(o)    (BasicLSTMCell)
     """
 
-    gates = 4
-    normalised_gates = 4
+    name = "lstm"
+    label = "LSTM"
+    gates = ("i", "j", "f", "o")  # j: the candidate
     state_names = ("h", "c")
     initial_bias = (0.0, 0.0, 0.0, 0.0)
-    forget_bias = 1.0
+    forget_bias: Tensor  # (4*H,): 1 on f's rows
 
-    def _matrices(self):
-        return [((self.weight_ih, self.weight_hh), 4 * self.hidden_size)]
+    def __init__(self, input_size: int, hidden_size: int, learn_initial_state: bool = True):
+        super().__init__(input_size, hidden_size, learn_initial_state)
+        added = torch.tensor([float(gate == "f") for gate in self.gates]).repeat_interleave(hidden_size)
+        self.register_buffer("forget_bias", added, persistent=False)
+
+    @property
+    def total_bias(self):
+        return self.bias + self.forget_bias
 
     def step(self, projected, state):
         h, c = state
-        preactivations = projected + functional.linear(h, self.weight_hh)
-        i, j, f, o = (self._normalise(gate, a) for gate, a in enumerate(preactivations.chunk(4, dim=-1)))
-        c = c * torch.sigmoid(f + self.forget_bias) + torch.sigmoid(i) * torch.tanh(j)
+        i, j, f, o = (projected + functional.linear(h, self.weight_hh)).chunk(4, dim=-1)
+        c = c * torch.sigmoid(f) + torch.sigmoid(i) * torch.tanh(j)
         return torch.tanh(c) * torch.sigmoid(o), c
 
 
 class GRUCell(Cell):
-    """The original GRU: gates in the order r, z, candidate; the reset gate acts before the product (torch: after it).
+    """The original GRU: the reset gate r acts before the product (torch: after it).
 
     candidate = tanh(W [x, r * h] + b);  h~ = z * h + (1 - z) * candidate    (BasicGRUCell)
     """
 
-    gates = 3
-    normalised_gates = 2
+    name = "gru"
+    label = "GRU"
+    gates = ("r", "z", "candidate")
     state_names = ("h",)
     initial_bias = (1.0, 1.0, 0.0)
 
@@ -148,10 +154,9 @@ class GRUCell(Cell):
         (h,) = state
         gate_rows = 2 * self.hidden_size
         gate_inputs, candidate_input = projected.split([gate_rows, self.hidden_size], dim=-1)
-        preactivations = gate_inputs + functional.linear(h, self.weight_hh[:gate_rows])
-        r, z = (torch.sigmoid(self._normalise(gate, a)) for gate, a in enumerate(preactivations.chunk(2, dim=-1)))
+        r, z = torch.sigmoid(gate_inputs + functional.linear(h, self.weight_hh[:gate_rows])).chunk(2, dim=-1)
         candidate = torch.tanh(candidate_input + functional.linear(r * h, self.weight_hh[gate_rows:]))
         return (z * h + (1 - z) * candidate,)
 
 
-CELLS: dict[str, type[Cell]] = {"lstm": LSTMCell, "gru": GRUCell}
+CELLS: dict[str, type[Cell]] = {cell.name: cell for cell in (LSTMCell, GRUCell)}

@@ -9,6 +9,7 @@ Shapes: B batch, T steps, I input, H hidden, N neurons of all layers together. R
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,11 @@ Gate = tuple[Tensor, ...]  # what a step policy carries from step to step; (B, 1
 
 
 class _StraightThroughRound(torch.autograd.Function):
-    """round(x), half to even, with the gradient of the identity ([SKIP] section 3.1; _binary_round in the code)."""
-
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return torch.round(x)
+        return torch.where(x.isnan(), x, (x > 0.5).to(x.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -38,15 +37,53 @@ class _StraightThroughRound(torch.autograd.Function):
 
 
 def straight_through_round(x: Tensor) -> Tensor:
-    """Round to 0 or 1, half to even, so that 0.5 is no update; du/dx = 1."""
+    """1 above 0.5, else 0, so that 0.5 is no update (round half to even); nan stays nan; du/dx = 1.
+
+    ([SKIP] section 3.1; _binary_round in the authors' code.)
+    """
     return _StraightThroughRound.apply(x)
 
 
-class Policy(nn.Module):
-    """Base of all policies."""
+class _Mix(torch.autograd.Function):
+    generate_vmap_rule = True
 
-    per_neuron = False
-    learned = False  # whether a budget λ on the updates can change what is learned
+    @staticmethod
+    def forward(u: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(u == 0, old, torch.where(u == 1, new, u * new + (1 - u) * old))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        u, new, old = ctx.saved_tensors
+        of_u = (gradient * (new - old)).sum_to_size(u.shape) if ctx.needs_input_grad[0] else None
+        return of_u, torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+
+
+def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """u * candidate + (1 - u) * previous, entry by entry; u is (B, 1) or (B, H).
+
+    What is not taken counts for nothing, whatever it is: 0 * nan is 0 here, in the gradient as well.
+    """
+    return tuple(_Mix.apply(u, new, old) for new, old in zip(candidate, previous, strict=True))
+
+
+class Policy(nn.Module, ABC):
+    """Base of all policies. What a policy is, its class says: configs, engines, tables and figures ask it."""
+
+    name: ClassVar[str]  # in configs and records
+    label: ClassVar[str]  # of a model in tables and figures: a format, given the cell's label
+    about: ClassVar[str]  # a sentence for model cards
+    family: ClassVar[Literal["step", "neuron"]]  # what decides for itself
+    learned: ClassVar[bool]  # whether its decisions have a gradient, so that a budget λ can change them
+    draws: ClassVar[bool] = False  # whether it skips at random: takes p_skip
+
+    @classmethod
+    def for_cells(cls, cells: Sequence[Cell], p_skip: float | None = None) -> Self:
+        """The policy of a stack of cells; p_skip is given to those that draw."""
+        return cls()
 
     def reset_parameters(self) -> None:
         """Draw the policy's parameters anew."""
@@ -67,8 +104,11 @@ class Policy(nn.Module):
         """Tell the policy that training epoch `epoch` (from 0) begins, for what is annealed by epoch."""
 
 
-class StepPolicy(Policy, ABC):
+class StepPolicy(Policy):
     """Decides per step; all layers update or copy together."""
+
+    family = "step"
+    gate_names: ClassVar[tuple[str, ...]] = ()  # of what it carries from step to step
 
     def initial_gate(self, batch_size: int) -> Gate:
         """The gate before the first step."""
@@ -78,30 +118,61 @@ class StepPolicy(Policy, ABC):
     def decide(self, gate: Gate, draw: Tensor | None) -> Tensor | None:
         """The gate's value before rounding, (B, 1) in [0, 1]; None where every step updates."""
 
-    def advance(self, gate: Gate, accumulated: Tensor, u: Tensor, top: Tensor) -> Gate:
-        """The gate after the step, from the decision `u` and the last entry of the top layer's candidate (B, H)."""
+    def binarise(self, accumulated: Tensor) -> Tensor:
+        """The decision u (B, 1), 0 or 1, from what `decide` gave."""
+        return straight_through_round(accumulated)
+
+    def after_update(self, gate: Gate, top: Tensor) -> Gate:
+        """The gate after a step that updates; top is the last entry of the top layer's new state (B, H)."""
+        return gate
+
+    def after_skip(self, gate: Gate, accumulated: Tensor) -> Gate:
+        """The gate after a step that is skipped, whose sample nobody looked at; accumulated is what `decide` gave."""
         return gate
 
 
 class Always(StepPolicy):
     """Every step updates: the plain LSTM and GRU."""
 
+    name = "always"
+    label = "{}"
+    about = "The papers' baseline: updates its state at every step."
+    learned = False
+
     def decide(self, gate, draw):
         return None
 
 
-def _check_probability(p_skip: float) -> float:
-    if not 0 <= p_skip <= 1:
-        raise ValueError(f"p_skip is the probability of skipping, in [0, 1]; got {p_skip}")
-    return float(p_skip)
+class RandomPolicy(Policy):
+    """What skips at random.
 
+    Args:
+        p_skip: the probability of skipping, in [0, 1].
+    """
 
-class RandomSteps(StepPolicy):
-    """Each step of each sequence is skipped with probability p_skip, in training and in test ([SKIP] section 4)."""
+    learned = False
+    draws = True
 
     def __init__(self, p_skip: float = 0.5):
         super().__init__()
-        self.p_skip = _check_probability(p_skip)
+        if not 0 <= p_skip <= 1:
+            raise ValueError(f"p_skip is the probability of skipping, in [0, 1]; got {p_skip}")
+        self.p_skip = float(p_skip)
+
+    @classmethod
+    def for_cells(cls, cells, p_skip=None):
+        return cls(p_skip)
+
+    def extra_repr(self) -> str:
+        return f"p_skip={self.p_skip}"
+
+
+class RandomSteps(RandomPolicy, StepPolicy):
+    """Each step of each sequence is skipped with probability p_skip, in training and in test ([SKIP] section 4)."""
+
+    name = "random_steps"
+    label = "{}, random"
+    about = "The baseline of Skip RNN (Campos et al., ICLR 2018): skips random steps, in use as in training."
 
     def draw(self, x, neurons):
         """u (B, T) in {0, 1}."""
@@ -109,9 +180,6 @@ class RandomSteps(StepPolicy):
 
     def decide(self, gate, draw):
         return draw
-
-    def extra_repr(self) -> str:
-        return f"p_skip={self.p_skip}"
 
 
 class Skip(StepPolicy):
@@ -125,7 +193,11 @@ class Skip(StepPolicy):
         update_bias: initial value of b_p.
     """
 
+    name = "skip"
+    label = "Skip {}"
+    about = "Skip RNN (Campos et al., ICLR 2018): has learned at which steps to update its state."
     learned = True
+    gate_names = ("update_prob", "cum_update_prob")
 
     def __init__(self, hidden_size: int, update_bias: float = 1.0):
         super().__init__()
@@ -133,6 +205,10 @@ class Skip(StepPolicy):
         self.bias = nn.Parameter(torch.empty(()))  # b_p
         self.update_bias = update_bias
         self.reset_parameters()
+
+    @classmethod
+    def for_cells(cls, cells, p_skip=None):
+        return cls(cells[-1].hidden_size)
 
     def reset_parameters(self) -> None:
         """Glorot uniform w_p, b_p at update_bias."""
@@ -147,31 +223,33 @@ class Skip(StepPolicy):
         q, s = gate
         return s + torch.minimum(q, 1 - s)
 
-    def advance(self, gate, accumulated, u, top):
-        q, _ = gate
-        proposed = torch.sigmoid(functional.linear(top, self.weight.unsqueeze(0), self.bias))
-        return u * proposed + (1 - u) * q, (1 - u) * accumulated
+    def after_update(self, gate, top):
+        q = torch.sigmoid(functional.linear(top, self.weight.unsqueeze(0), self.bias))
+        return q, torch.zeros_like(q)
+
+    def after_skip(self, gate, accumulated):
+        return gate[0], accumulated
 
     def flops_per_update(self):
         return self.weight.numel()
 
 
-class NeuronPolicy(Policy, ABC):
+class NeuronPolicy(Policy):
     """Decides per neuron; each layer reads the updated state of the layer below."""
 
-    per_neuron = True
+    family = "neuron"
 
     @abstractmethod
     def decide(self, layer: int, x: Tensor, h: Tensor, draw: Tensor | None) -> Tensor:
         """Binary u (B, H) of one layer, from its input x (B, I) and its previous state h (B, H)."""
 
 
-class RandomNeurons(NeuronPolicy):
+class RandomNeurons(RandomPolicy, NeuronPolicy):
     """SA-RNN's baseline "Random Updates": each neuron skips each step with probability p_skip, in test too."""
 
-    def __init__(self, p_skip: float = 0.5):
-        super().__init__()
-        self.p_skip = _check_probability(p_skip)
+    name = "random_neurons"
+    label = "{}, random"
+    about = "The baseline of SA-RNN (Hartvigsen et al., CIKM 2020): random neurons skip each step."
 
     def draw(self, x, neurons):
         """u (B, T, N) in {0, 1}."""
@@ -180,9 +258,6 @@ class RandomNeurons(NeuronPolicy):
     def decide(self, layer, x, h, draw):
         assert draw is not None
         return draw
-
-    def extra_repr(self) -> str:
-        return f"p_skip={self.p_skip}"
 
 
 class Coordinator(nn.Module):
@@ -214,6 +289,9 @@ class Selective(NeuronPolicy):
         sizes: (I, H) of every layer.
     """
 
+    name = "selective"
+    label = "SA-{}"
+    about = "SA-RNN (Hartvigsen et al., CIKM 2020): has learned which neurons to update at each step."
     learned = True
     slope: Tensor
 
@@ -221,6 +299,10 @@ class Selective(NeuronPolicy):
         super().__init__()
         self.layers = nn.ModuleList(Coordinator(*size) for size in sizes)
         self.register_buffer("slope", torch.ones(()))
+
+    @classmethod
+    def for_cells(cls, cells, p_skip=None):
+        return cls([(cell.input_size, cell.hidden_size) for cell in cells])
 
     @property
     def coordinators(self) -> list[Coordinator]:
@@ -244,6 +326,11 @@ class Selective(NeuronPolicy):
         return sum(c.weight_input.numel() + c.weight_state.numel() for c in self.coordinators)
 
 
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Always, RandomSteps, RandomNeurons, Skip, Selective)
+}
+
+
 def make_policy(name: str, cells: Sequence[Cell], p_skip: float | None = None) -> Policy:
     """The policy called `name`, for a stack of cells.
 
@@ -252,17 +339,9 @@ def make_policy(name: str, cells: Sequence[Cell], p_skip: float | None = None) -
     """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; there are {', '.join(POLICIES)}")
-    if name in ("random_steps", "random_neurons"):
-        if p_skip is None:
-            raise ValueError(f"policy {name} needs p_skip, the probability of skipping")
-        return RandomSteps(p_skip) if name == "random_steps" else RandomNeurons(p_skip)
-    if p_skip is not None:
-        raise ValueError(f"policy {name} has no p_skip; random_steps and random_neurons have")
-    if name == "skip":
-        return Skip(cells[-1].hidden_size)
-    if name == "selective":
-        return Selective([(cell.input_size, cell.hidden_size) for cell in cells])
-    return Always()
-
-
-POLICIES = ("always", "random_steps", "random_neurons", "skip", "selective")
+    kind = POLICIES[name]
+    if kind.draws and p_skip is None:
+        raise ValueError(f"policy {name} needs p_skip, the probability of skipping")
+    if not kind.draws and p_skip is not None:
+        raise ValueError(f"policy {name} has no p_skip: it draws nothing")
+    return kind.for_cells(cells, p_skip)

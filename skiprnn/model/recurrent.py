@@ -6,14 +6,15 @@ output, state, updates = rnn(x, state=None, lengths=None)
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from skiprnn.model import engines, pretrained
 from skiprnn.model.cells import CELLS, Cell, State
-from skiprnn.model.policies import Policy, StepPolicy, make_policy
+from skiprnn.model.engines.call import Call
+from skiprnn.model.policies import POLICIES, Gate, Policy, StepPolicy, make_policy
 from skiprnn.model.stream import Stream
 
 
@@ -27,21 +28,32 @@ class RecurrentState(NamedTuple):
     c: Tensor | tuple[Tensor, ...] | None = None  # (L, B, H), LSTM
     update_prob: Tensor | None = None  # (B, 1), Skip: q, the increment of the gate per skipped step
     cum_update_prob: Tensor | None = None  # (B, 1), Skip: s, accumulated since the last update
+    others: dict[str, Any] | None = None  # what other cells and policies carry, likewise, by its name
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of Recurrent."""
+
+    batch_first: bool
+    learn_initial_state: bool
+    p_skip: float | None
+    engine: str
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class Recurrent(nn.Module):
     """A stack of layers of one cell under one update policy.
 
     Args:
-        cell: "lstm" or "gru".
-        policy: "always", "random_steps", "random_neurons", "skip" or "selective".
+        cell: a name in skiprnn.model.cells.CELLS.
+        policy: a name in skiprnn.model.policies.POLICIES.
         input_size: I.
         hidden_size: H, one for all layers or one per layer.
         num_layers: L.
         batch_first: x and output are (B, T, ·); otherwise (T, B, ·). `updates` and `state` do not change with it.
-        layer_norm: normalise each gate's pre-activation.
         learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
-        p_skip: probability of skipping, for the two random policies only.
+        p_skip: probability of skipping, for policies that draw.
         engine: who runs the time loop, see skiprnn.model.engines; "auto" takes the fastest that serves.
 
     Raises:
@@ -57,7 +69,6 @@ class Recurrent(nn.Module):
         num_layers: int = 1,
         *,
         batch_first: bool = True,
-        layer_norm: bool = False,
         learn_initial_state: bool = True,
         p_skip: float | None = None,
         engine: str = "auto",
@@ -78,14 +89,14 @@ class Recurrent(nn.Module):
         self.engine = engine
         engines.check(engine)
         self.layers = nn.ModuleList(
-            CELLS[cell](below, size, layer_norm, learn_initial_state)
+            CELLS[cell](below, size, learn_initial_state)
             for below, size in zip([input_size, *sizes[:-1]], sizes, strict=True)
         )
         self.policy: Policy = make_policy(policy, self.cells, p_skip)
         self.to(device=device, dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options) -> Self:
+    def from_pretrained(cls, path: str | Path, **options: Unpack[Options]) -> Self:
         """The recurrent network of a published checkpoint, without the readout.
 
         Args:
@@ -101,7 +112,7 @@ class Recurrent(nn.Module):
         if not issubclass(kind, cls):
             raise ValueError(f"checkpoint {path} holds a {kind.__name__}: load it with {kind.__name__}.from_pretrained")
         weights = {name.removeprefix("rnn."): tensor for name, tensor in tensors.items() if name.startswith("rnn.")}
-        names = ("cell", "policy", "hidden_size", "num_layers", "layer_norm", "learn_initial_state", "p_skip")
+        names = ("cell", "policy", "hidden_size", "num_layers", "learn_initial_state", "p_skip")
         rnn = kind.__new__(kind)  # a subclass's constructor only chooses cell and policy
         given = {name: model[name] for name in names} | {"input_size": weights["layers.0.weight_ih"].shape[-1]}
         Recurrent.__init__(rnn, **given, **options)
@@ -148,21 +159,23 @@ class Recurrent(nn.Module):
             ValueError: a shape or dtype that does not fit; the message names it.
         """
         call = self.prepare(x, state, lengths)
-        return self.finish(*engines.ENGINES[self.engine_for(call[2])](*call))
+        return self.finish(*engines.ENGINES[self.engine_for(call.x)].run(call))
 
-    def prepare(self, x: Tensor, state=None, lengths: Tensor | None = None) -> tuple:
+    def prepare(self, x: Tensor, state=None, lengths: Tensor | None = None) -> Call:
         """What an engine's run takes, from forward's arguments; the policy's decisions are drawn here."""
         x = self._checked(x if self.batch_first or x.dim() < 2 else x.transpose(0, 1), lengths)
         if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
             valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
             x = x.masked_fill(~valid.unsqueeze(2), 0)
-        states, gate = self._unpack(state, x.shape[0])
+        states, gate = self.unpack(state, x.shape[0])
         draw = self.policy.draw(x, sum(cell.hidden_size for cell in self.cells))
-        return self.cells, self.policy, x, states, gate, draw, lengths
+        return Call(self.cells, self.policy, x, states, gate, draw, lengths, alike=state is None)
 
-    def finish(self, output: Tensor, states, gate, updates: Tensor) -> tuple[Tensor, RecurrentState, Tensor]:
+    def finish(
+        self, output: Tensor, states: Sequence[State], gate: Gate, updates: Tensor
+    ) -> tuple[Tensor, RecurrentState, Tensor]:
         """forward's results, from what an engine's run returned."""
-        return output if self.batch_first else output.transpose(0, 1), self._pack(states, gate), updates
+        return output if self.batch_first else output.transpose(0, 1), self.pack(states, gate), updates
 
     def stream(self, state: RecurrentState | None = None) -> Stream:
         """Run one sequence sample by sample, from `state` (batch 1) on; tells which coming samples need not be read."""
@@ -183,115 +196,122 @@ class Recurrent(nn.Module):
             raise ValueError(f"lengths must be {x.shape[0]} integers, one per sequence; got {tuple(lengths.shape)}")
         return x
 
-    def _unpack(self, state, batch_size: int) -> tuple[list[State], tuple[Tensor, ...]]:
-        """Per-layer states and the policy's gate, from what the caller passed."""
+    def unpack(self, state, batch_size: int) -> tuple[list[State], Gate]:
+        """Per-layer states and the policy's gate, from what the caller passed as forward's `state`.
+
+        Raises:
+            ValueError: as forward.
+        """
         gate = self.policy.initial_gate(batch_size) if isinstance(self.policy, StepPolicy) else ()
         if state is None:
             return [cell.initial_state(batch_size) for cell in self.cells], gate
-        parts = [state] if isinstance(state, Tensor) else [part for part in state if part is not None]
-        names = self.cells[0].state_names
-        entries, given_gate = parts[: len(names)], tuple(parts[len(names) :])
+        names, gate_names = self.state_names
+        if isinstance(state, RecurrentState):
+            found = {name: part for name, part in state._asdict().items() if name != "others" and part is not None}
+            found |= state.others or {}
+        else:
+            parts = [state] if isinstance(state, Tensor) else [part for part in state if part is not None]
+            found = dict(zip((*names, *gate_names, *range(len(parts))), parts, strict=False))
+        if found.keys() - set(gate_names) != set(names) or len(found) not in (len(names), len(names + gate_names)):
+            wanted = f"{', '.join(names)}{' and the gate' if gate else ''}"
+            raise ValueError(f"state must hold {wanted}; got {len(found)} parts")
         expected = [(batch_size, cell.hidden_size) for cell in self.cells]
-        for name, entry in zip(names, entries, strict=False):
-            if [tuple(layer.shape) for layer in entry] != expected:
-                raise ValueError(
-                    f"state {name} must be {expected} over the layers; got {[tuple(e.shape) for e in entry]}"
-                )
-        if len(entries) < len(names) or (given_gate and len(given_gate) != len(gate)):
-            raise ValueError(
-                f"state must hold {', '.join(names)}{' and the gate' if gate else ''}; got {len(parts)} parts"
-            )
-        gate_shapes = [tuple(part.shape) for part in given_gate]
-        if given_gate and gate_shapes != [(batch_size, 1)] * len(gate):
-            raise ValueError(f"the state's gate must be {(batch_size, 1)} each; got {gate_shapes}")
+        for name in names:
+            if [tuple(layer.shape) for layer in found[name]] != expected:
+                shapes = [tuple(layer.shape) for layer in found[name]]
+                raise ValueError(f"state {name} must be {expected} over the layers; got {shapes}")
+        given = tuple(found[name] for name in gate_names if name in found)
+        if given and [tuple(part.shape) for part in given] != [(batch_size, 1)] * len(gate):
+            shapes = [tuple(part.shape) for part in given]
+            raise ValueError(f"the state's gate must be {(batch_size, 1)} each; got {shapes}")
         dtype = self.cells[0].weight_ih.dtype
-        for name, entry in zip((*names, *["gate"] * len(given_gate)), (*entries, *given_gate), strict=True):
-            for layer in entry:
-                if layer.dtype != dtype:
-                    raise ValueError(f"state {name} is {layer.dtype}, the parameters are {dtype}: convert one of them")
-        # rows of their own: native takes an expanded state for one that all sequences share
-        layers = [[layer.contiguous() for layer in entry] for entry in entries]
-        return list(zip(*layers, strict=True)), given_gate or gate
+        for name, part in found.items():
+            for tensor in part:
+                if tensor.dtype != dtype:
+                    what = name if name in names else "gate"
+                    raise ValueError(f"state {what} is {tensor.dtype}, the parameters are {dtype}: convert one of them")
+        return list(zip(*(found[name] for name in names), strict=True)), given or gate
 
-    def _pack(self, states: list[State], gate: tuple[Tensor, ...]) -> RecurrentState:
+    def pack(self, states: Sequence[State], gate: Gate) -> RecurrentState:
         """The public form of per-layer states and gate."""
+        names, gate_names = self.state_names
         equal = isinstance(self.hidden_size, int)
-        entries = [torch.stack(layers) if equal else layers for layers in zip(*states, strict=True)]
-        h, c = entries if len(entries) == 2 else (entries[0], None)
-        q, s = gate or (None, None)
-        return RecurrentState(h, c, q, s)
+        entries: list[Any] = [torch.stack(layers) if equal else layers for layers in zip(*states, strict=True)]
+        carried = dict(zip((*names, *gate_names), (*entries, *gate), strict=True))
+        known = {name: carried.pop(name) for name in RecurrentState._fields if name in carried}
+        return RecurrentState(**known, others=carried or None)
+
+    @property
+    def state_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of the cells' state entries, and of the policy's gate."""
+        return self.cells[0].state_names, self.policy.gate_names if isinstance(self.policy, StepPolicy) else ()
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
 
 
-class LSTM(Recurrent):
+class _Named(Recurrent):
+    """A cell under a policy, with a name of its own; the arguments are Recurrent's."""
+
+    cell_and_policy: ClassVar[tuple[str, str]]
+
+    def __init__(
+        self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options: Unpack[Options]
+    ):
+        cell, policy = self.cell_and_policy
+        if POLICIES[policy].draws:
+            options = {"p_skip": 0.5, **options}
+        super().__init__(cell, policy, input_size, hidden_size, num_layers, **options)
+
+
+class LSTM(_Named):
     """LSTM that updates at every step: the papers' baseline."""
 
-    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
-        super().__init__("lstm", "always", input_size, hidden_size, num_layers, **options)
+    cell_and_policy = "lstm", "always"
 
 
-class GRU(Recurrent):
+class GRU(_Named):
     """GRU that updates at every step: the papers' baseline, another function than torch.nn.GRU (see GRUCell)."""
 
-    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
-        super().__init__("gru", "always", input_size, hidden_size, num_layers, **options)
+    cell_and_policy = "gru", "always"
 
 
-class RandomSkipLSTM(Recurrent):
-    """LSTM that skips each step with probability p_skip: Skip RNN's baseline."""
+class RandomSkipLSTM(_Named):
+    """LSTM that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
 
-    def __init__(
-        self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, *, p_skip: float = 0.5, **options
-    ):
-        super().__init__("lstm", "random_steps", input_size, hidden_size, num_layers, p_skip=p_skip, **options)
+    cell_and_policy = "lstm", "random_steps"
 
 
-class RandomSkipGRU(Recurrent):
-    """GRU that skips each step with probability p_skip: Skip RNN's baseline."""
+class RandomSkipGRU(_Named):
+    """GRU that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
 
-    def __init__(
-        self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, *, p_skip: float = 0.5, **options
-    ):
-        super().__init__("gru", "random_steps", input_size, hidden_size, num_layers, p_skip=p_skip, **options)
+    cell_and_policy = "gru", "random_steps"
 
 
-class SkipLSTM(Recurrent):
+class SkipLSTM(_Named):
     """Skip LSTM ([SKIP]): learns which steps to skip."""
 
-    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
-        super().__init__("lstm", "skip", input_size, hidden_size, num_layers, **options)
+    cell_and_policy = "lstm", "skip"
 
 
-class SkipGRU(Recurrent):
+class SkipGRU(_Named):
     """Skip GRU ([SKIP]): learns which steps to skip."""
 
-    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
-        super().__init__("gru", "skip", input_size, hidden_size, num_layers, **options)
+    cell_and_policy = "gru", "skip"
 
 
-class SALSTM(Recurrent):
+class SALSTM(_Named):
     """SA-RNN ([SA]) with an LSTM cell: learns which neurons to update at each step."""
 
-    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
-        super().__init__("lstm", "selective", input_size, hidden_size, num_layers, **options)
+    cell_and_policy = "lstm", "selective"
 
 
-class SAGRU(Recurrent):
+class SAGRU(_Named):
     """SA-RNN ([SA]) with a GRU cell, as published: learns which neurons to update at each step."""
 
-    def __init__(self, input_size: int, hidden_size: int | Sequence[int], num_layers: int = 1, **options):
-        super().__init__("gru", "selective", input_size, hidden_size, num_layers, **options)
+    cell_and_policy = "gru", "selective"
 
 
 CLASSES: dict[tuple[str, str], type[Recurrent]] = {
-    ("lstm", "always"): LSTM,
-    ("gru", "always"): GRU,
-    ("lstm", "random_steps"): RandomSkipLSTM,
-    ("gru", "random_steps"): RandomSkipGRU,
-    ("lstm", "skip"): SkipLSTM,
-    ("gru", "skip"): SkipGRU,
-    ("lstm", "selective"): SALSTM,
-    ("gru", "selective"): SAGRU,
+    kind.cell_and_policy: kind for kind in (LSTM, GRU, RandomSkipLSTM, RandomSkipGRU, SkipLSTM, SkipGRU, SALSTM, SAGRU)
 }

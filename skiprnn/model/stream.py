@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skiprnn.model.policies import Always, Skip
+from skiprnn.model.policies import Gate, StepPolicy
 
 HORIZON = 10_000  # samples looked ahead: a gate near 0 would skip for ever
 
@@ -28,18 +28,18 @@ class Stream:
     """
 
     def __init__(self, rnn, state=None):
-        if not isinstance(rnn.policy, (Always, Skip)):
-            raise ValueError(f"a stream needs policy skip or always; this is {type(rnn.policy).__name__}")
+        if not isinstance(rnn.policy, StepPolicy) or rnn.policy.draws:
+            raise ValueError(f"a stream needs a policy whose state tells its steps; this is {rnn.policy.name}")
         self.rnn, self.state = rnn, state
         self.output: Tensor | None = None
-        self.unneeded = 0 if state is None else self._look_ahead()
+        self.unneeded = 0 if state is None else len(self._look_ahead(HORIZON))
 
     @torch.no_grad()
     def push(self, x: Tensor) -> Pushed:
         """The next sample (I,): the output after it, and how many coming samples are not needed."""
         output, self.state, _ = self.rnn(x.reshape(1, 1, -1), self.state)
         self.output = output.reshape(-1)
-        self.unneeded = self._look_ahead()
+        self.unneeded = len(self._look_ahead(HORIZON))
         return Pushed(self.output, self.unneeded)
 
     @torch.no_grad()
@@ -52,20 +52,18 @@ class Stream:
         if not 0 <= count <= self.unneeded:
             raise ValueError(f"can skip 0 to {self.unneeded} samples now; got {count}")
         if count:
-            accumulated = self._accumulate(count)[-1]
-            self.state = self.state._replace(cum_update_prob=accumulated)
-            self.unneeded = self._look_ahead()
+            states, _ = self.rnn.unpack(self.state, 1)
+            self.state = self.rnn.pack(states, self._look_ahead(count)[-1])
+            self.unneeded = len(self._look_ahead(HORIZON))
 
-    def _look_ahead(self) -> int:
-        return len(self._accumulate(HORIZON)) if isinstance(self.rnn.policy, Skip) else 0
-
-    def _accumulate(self, most: int) -> list[Tensor]:
-        """cum_update_prob after each coming skip, up to `most`; by repeated addition, as everywhere, for exact ties."""
-        sums: list[Tensor] = []
-        q, s = self.state.update_prob, self.state.cum_update_prob
-        while len(sums) < most:
-            s = self.rnn.policy.decide((q, s), None)
-            if torch.round(s) > 0:
+    def _look_ahead(self, most: int) -> list[Gate]:
+        """The gate after each coming skip, up to `most`; by repeated addition, as everywhere, for exact ties."""
+        _, gate = self.rnn.unpack(self.state, 1)
+        gates: list[Gate] = []
+        while len(gates) < most:
+            accumulated = self.rnn.policy.decide(gate, None)
+            if accumulated is None or self.rnn.policy.binarise(accumulated) != 0:
                 break
-            sums.append(s)
-        return sums
+            gate = self.rnn.policy.after_skip(gate, accumulated)
+            gates.append(gate)
+        return gates

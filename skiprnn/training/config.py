@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from skiprnn.model.cells import CELLS
@@ -21,6 +21,7 @@ class ConfigError(ValueError):
 ADDED = {
     "added": True
 }  # metadata of later options: no part of a run's identity at their default, so older runs keep their hash
+RETIRED = {"layer_norm": False}  # former options of a model: every identity has them, at the only value that is left
 
 
 def _require(holds: bool, message: str) -> None:
@@ -33,16 +34,15 @@ class ModelConfig:
     """conf/model/*.yaml: a cell under a policy, and the budget."""
 
     name: str
-    cell: str  # lstm | gru
-    policy: str  # always | random_steps | random_neurons | skip | selective
+    cell: str  # a name in skiprnn.model.cells.CELLS
+    policy: str  # a name in skiprnn.model.policies.POLICIES
     hidden_size: int  # H, of every layer
     num_layers: int = 1  # L
-    layer_norm: bool = False
     learn_initial_state: bool = True
     cost_per_sample: float = 0.0  # λ, loss per state update of a sequence
     embedding_size: int = 300  # width of a word's embedding, for text
     dropout: float = 0.0  # before the readout
-    p_skip: float | None = None  # random policies: probability of skipping
+    p_skip: float | None = None  # policies that draw: probability of skipping
 
     def __post_init__(self):
         _require(self.cell in CELLS, f"model.cell={self.cell}: there are {', '.join(CELLS)}")
@@ -52,9 +52,9 @@ class ModelConfig:
         _require(self.cost_per_sample >= 0, f"model.cost_per_sample={self.cost_per_sample}: λ must not be negative")
         _require(self.embedding_size > 0, f"model.embedding_size={self.embedding_size}: must be at least 1")
         _require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be in [0, 1)")
-        random = self.policy.startswith("random")
-        _require(random or self.p_skip is None, f"model.p_skip: policy {self.policy} draws nothing; remove it")
-        _require(not random or self.p_skip is not None, f"model.p_skip: policy {self.policy} needs it")
+        draws = POLICIES[self.policy].draws
+        _require(draws or self.p_skip is None, f"model.p_skip: policy {self.policy} draws nothing; remove it")
+        _require(not draws or self.p_skip is not None, f"model.p_skip: policy {self.policy} needs it")
         _require(
             self.p_skip is None or 0 <= self.p_skip <= 1,
             f"model.p_skip={self.p_skip}: a probability lies in [0, 1]",
@@ -127,7 +127,10 @@ class RunConfig:
             ConfigError: another version's.
         """
         try:
-            model, training = ModelConfig(**identity["model"]), TrainingConfig(**identity["training"])
+            model, training = (
+                ModelConfig(**_without_retired(dict(identity["model"]))),
+                TrainingConfig(**identity["training"]),
+            )
             return cls(identity["data"], model, training, identity["seed"], **settings)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"a run of another version of skiprnn: {error}") from None
@@ -137,7 +140,7 @@ class RunConfig:
         """What determines the result, and nothing else: how and where it is computed may change between resumptions."""
         return {
             "data": self.data,
-            "model": _settings(self.model),
+            "model": RETIRED | _settings(self.model),
             "training": _settings(self.training),
             "seed": self.seed,
         }
@@ -154,7 +157,7 @@ class RunConfig:
         name = self.model.name
         if self.model.p_skip is not None:
             name += f"_p{self.model.p_skip:g}"
-        if self.model.policy in ("skip", "selective"):
+        if POLICIES[self.model.policy].learned:
             name += f"_lambda{self.model.cost_per_sample:g}"
         return name
 
@@ -173,6 +176,18 @@ def _settings(part: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(part).items() if name not in left_out}
 
 
+def _without_retired(model: Any) -> Any:
+    """A model's options, the retired ones taken out.
+
+    Raises:
+        ConfigError: one has another value than the one that is left.
+    """
+    for name, value in RETIRED.items():
+        found = model.pop(name, value)
+        _require(found == value, f"model.{name}={found}: there is no such option any more; remove it")
+    return model
+
+
 def read(config: DictConfig) -> RunConfig:
     """The checked run of a composed Hydra config.
 
@@ -180,7 +195,11 @@ def read(config: DictConfig) -> RunConfig:
         ConfigError: unknown key, wrong type, or a value out of its range.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.masked_copy(config, _fields(config)))
+        given = OmegaConf.masked_copy(config, _fields(config))
+        if isinstance(given.get("model"), DictConfig):
+            with open_dict(given):
+                _without_retired(given.model)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), given)
         run = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skiprnn.model.policies import StepPolicy
 from skiprnn.model.recurrent import Recurrent
 
 
@@ -76,15 +75,12 @@ class EpochSums:
 def inference_flops(rnn: Recurrent, updates: float, steps: int) -> float:
     """Multiplications of the recurrent network for one sequence, as the papers count them ([SKIP] section 4).
 
-    An update costs gates * H * (I + H) per layer, and H more for the update gate of a Skip RNN; SA-RNN's neurons cost
-    their share of a layer each, and the coordinator works at every step.
+    An update costs what the cells and the policy say; neurons cost their share of a layer each.
 
     Args:
         rnn: the network.
         updates: mean state updates of a sequence, as `state_updates` counts them.
         steps: T.
     """
-    per_update = sum(cell.gates * cell.hidden_size * (cell.input_size + cell.hidden_size) for cell in rnn.cells)
-    if isinstance(rnn.policy, StepPolicy):
-        per_update += rnn.policy.flops_per_update()
+    per_update = sum(cell.flops_per_update() for cell in rnn.cells) + rnn.policy.flops_per_update()
     return updates * per_update + steps * rnn.policy.flops_per_step()

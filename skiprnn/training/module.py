@@ -48,7 +48,6 @@ class Network(nn.Module):
             input_size,
             model.hidden_size,
             model.num_layers,
-            layer_norm=model.layer_norm,
             learn_initial_state=model.learn_initial_state,
             p_skip=model.p_skip,
             engine=engine,

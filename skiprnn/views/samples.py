@@ -30,6 +30,7 @@ from skiprnn.data.imdb import CLASSES, PADDING, IMDb
 from skiprnn.data.ucf101 import UCF101
 from skiprnn.data.ucf101.extract import sample_frames
 from skiprnn.data.ucf101.store import FPS
+from skiprnn.model.policies import Policy
 from skiprnn.training.config import ConfigError
 from skiprnn.training.measures import state_updates
 from skiprnn.training.module import SequenceModule
@@ -90,6 +91,13 @@ def examples(module: SequenceModule, count: int, preferred: Callable[[int], bool
     valid = [data.steps] * len(rows) if lengths is None else lengths.tolist()
     columns = [part.cpu().numpy() for part in (inputs, targets, answers, updates > 0)]
     return [Example(*values) for values in zip(rows, *columns, valid, strict=True)]
+
+
+def of_policy(policy: type[Policy]) -> Callable[[SequenceModule], Figure] | None:
+    """The picture of what such a policy has learned; None if it does not learn."""
+    if not policy.learned:
+        return None
+    return usage if policy.family == "step" else neurons
 
 
 # --- step policies: a picture for each kind of data ---

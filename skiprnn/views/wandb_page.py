@@ -10,6 +10,7 @@ import pytorch_lightning as lightning
 from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from skiprnn.model.policies import POLICIES
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, write_atomically
 
@@ -30,7 +31,7 @@ class UsagePictures(lightning.Callback):
     def on_train_epoch_end(self, trainer, module) -> None:
         from skiprnn.views import samples as usage  # here, for it needs matplotlib
 
-        draw = {"skip": usage.usage, "selective": usage.neurons}.get(self.folder.run.model.policy)
+        draw = usage.of_policy(POLICIES[self.folder.run.model.policy])
         epoch = trainer.current_epoch
         if draw is None or ((epoch + 1) % self.every and epoch + 1 < self.folder.run.training.epochs):
             return

@@ -1,19 +1,29 @@
 """How the time loop is executed. An engine never changes what is computed; the reference engine defines it."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
 
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines import compact, native, reference, triton
+from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.policies import Policy
 
-ENGINES: dict[str, Callable] = {
-    "reference": reference.run,
-    "compact": compact.run,
-    "native": native.run,
-    "triton": triton.run,
-}
+
+class Engine(Protocol):
+    """What every engine's module has."""
+
+    def unsupported(self, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
+        """Why the engine does not serve these on an input like x; None if it does."""
+
+    def run(self, call: Call) -> Result:
+        """Run whole sequences."""
+
+
+ENGINES: dict[str, Engine] = {"reference": reference, "compact": compact, "native": native, "triton": triton}
 
 
 def check(name: str) -> None:
@@ -29,24 +39,32 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
         ValueError: unknown name, or an engine that does not serve.
     """
     check(name)
-    for engine, module in (("native", native), ("triton", triton), ("compact", compact)):
-        interpreted = engine == "triton" and x.device.type == "cpu"  # slow: only where it is asked for
-        if name == engine or (name == "auto" and not interpreted):
-            reason = module.unsupported(cells, policy, x)
-            if reason is None:
-                return engine
-            if name == engine:
-                raise ValueError(f"the {name} engine can't run this: {reason}")
-    return "reference"
+    if name != "auto":
+        reason = ENGINES[name].unsupported(cells, policy, x)
+        if reason is not None:
+            raise ValueError(f"the {name} engine can't run this: {reason}")
+        return name
+    reason = unknown(cells, policy)
+    if reason is not None:
+        _say_once(f"skiprnn's reference engine runs this, correctly but slowly; of the fast ones, {reason}")
+        return "reference"
+    # Triton's interpreter is slow: only where it is asked for
+    fast = ("native", "compact") if x.device.type == "cpu" else ("triton",)
+    return next((engine for engine in fast if ENGINES[engine].unsupported(cells, policy, x) is None), "reference")
 
 
-def run_packed(name: str, runs: Sequence[tuple]) -> list[tuple]:
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def run_packed(name: str, calls: Sequence[Call]) -> list[Result]:
     """The results of one engine on several networks of one architecture, each with its own weights and batch.
 
     Args:
         name: an engine.
-        runs: the arguments of each one's run; equal shapes share a launch on a GPU.
+        calls: one per network; equal shapes share a launch on a GPU.
     """
-    if name == "triton" and len({x.shape for _, _, x, *_ in runs}) == 1:
-        return triton.run_packed(runs)
-    return [ENGINES[name](*run) for run in runs]
+    if name == "triton" and len({call.x.shape for call in calls}) == 1:
+        return triton.run_packed(calls)
+    return [ENGINES[name].run(call) for call in calls]

@@ -2,60 +2,58 @@
 
 Only for decisions that carry no gradient, random steps and Skip's inference: what a learned decision is worth takes the
 candidate that was not taken (the native engine has it without a product).
-Shapes: B batch, T steps, I input, H hidden of a layer.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from skiprnn.model.cells import Cell, State
-from skiprnn.model.policies import Gate, Policy, RandomSteps, Skip, StepPolicy
+from skiprnn.model.cells import Cell
+from skiprnn.model.engines.call import Call, Result, unknown
+from skiprnn.model.policies import Policy, RandomSteps, Skip, StepPolicy, mix
 
 
 def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
     """Why the engine does not serve; None if it does."""
+    reason = unknown(cells, policy)
+    if reason is not None:
+        return reason
     if not isinstance(policy, RandomSteps | Skip):
         return "it serves the policies that skip steps"
-    if isinstance(policy, Skip) and torch.is_grad_enabled():
+    if policy.learned and torch.is_grad_enabled():
         return "a learned decision's gradient needs the candidates that were not taken"
     if x.device.type != "cpu":
         return f"it runs on the CPU, where counting rows is free; x is on {x.device}"
     return None
 
 
-def run(
-    cells: Sequence[Cell],
-    policy: StepPolicy,
-    x: Tensor,
-    states: Sequence[State],
-    gate: Gate,
-    draw: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, list[State], Gate, Tensor]:
+def run(call: Call) -> Result:
     """As reference.run."""
-    batch, steps, _ = x.shape
-    lengths = torch.full((batch,), steps) if lengths is None else lengths
+    cells, policy, gate = call.cells, cast(StepPolicy, call.policy), call.gate
+    batch, steps, _ = call.x.shape
+    lengths = torch.full((batch,), steps) if call.lengths is None else call.lengths
     valid = (torch.arange(steps) < lengths.unsqueeze(1)).unsqueeze(2).unbind(1)  # (B, 1) each
-    inputs = x.unbind(1)
-    draws: Sequence[Tensor | None] = [None] * steps if draw is None else draw.unsqueeze(2).unbind(1)
-    states, outputs, updates = list(states), [], []
-    for t in range(steps):
-        accumulated = policy.decide(gate, draws[t])
+    draws: Sequence[Tensor | None] = [None] * steps if call.draw is None else call.draw.unsqueeze(2).unbind(1)
+    states, outputs, updates = list(call.states), [], []
+    for x, draw, alive in zip(call.x.unbind(1), draws, valid, strict=True):
+        accumulated = policy.decide(gate, draw)
         assert accumulated is not None
-        u = torch.round(accumulated) * valid[t]
+        u = torch.where(alive, policy.binarise(accumulated), 0)
         rows = u.squeeze(1).nonzero().squeeze(1)
         if len(rows):
-            below = inputs[t][rows]
+            below = x[rows]
             for layer, cell in enumerate(cells):
-                candidate = cell(below, tuple(entry[rows] for entry in states[layer]))
+                before = tuple(entry[rows] for entry in states[layer])
+                candidate = cell(below, before)
+                after = mix(u[rows], candidate, before)  # all of it, unless u is nan
                 states[layer] = tuple(
-                    old.index_copy(0, rows, new) for old, new in zip(states[layer], candidate, strict=True)
+                    old.index_copy(0, rows, new) for old, new in zip(states[layer], after, strict=True)
                 )
                 below = candidate[0]
-        proposed = policy.advance(gate, accumulated, u, states[-1][-1])  # rows that skip do not look at the state
-        gate = tuple(torch.where(valid[t], new, old) for new, old in zip(proposed, gate, strict=True))
+        proposed = mix(u, policy.after_update(gate, states[-1][-1]), policy.after_skip(gate, accumulated))
+        gate = tuple(torch.where(alive, new, old) for new, old in zip(proposed, gate, strict=True))
         outputs.append(states[-1][0])
         updates.append(u)
-    return torch.stack(outputs, 1), states, gate, torch.cat(updates, 1)
+    return Result(torch.stack(outputs, 1), states, gate, torch.cat(updates, 1))

@@ -1,7 +1,4 @@
-"""The reference engine: the time loop in plain autograd. It defines what every other engine has to compute.
-
-Shapes: B batch, T steps, I input, H hidden of a layer, N neurons of all layers together.
-"""
+"""The reference engine: the time loop in plain autograd. It defines what every other engine has to compute."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -9,33 +6,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from skiprnn.model.cells import Cell, State
-from skiprnn.model.policies import Gate, NeuronPolicy, Policy, StepPolicy, straight_through_round
+from skiprnn.model.cells import Cell
+from skiprnn.model.engines.call import Call, Result
+from skiprnn.model.policies import Gate, NeuronPolicy, Policy, StepPolicy, mix
 
 
-def run(
-    cells: Sequence[Cell],
-    policy: Policy,
-    x: Tensor,
-    states: Sequence[State],
-    gate: Gate,
-    draw: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, list[State], Gate, Tensor]:
-    """Run a stack of cells under a policy over whole sequences.
+def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> None:
+    """Every cell and policy is served, everywhere."""
 
-    Args:
-        cells: the layers, from the input up.
-        policy: when the states update.
-        x: inputs (B, T, I).
-        states: each layer's state before the first step.
-        gate: the step policy's gate before the first step; () if it has none.
-        draw: the policy's random decisions, (B, T) or (B, T, N); None if it draws nothing.
-        lengths: (B,) steps of each sequence that count; None for all T. Later steps update nothing.
 
-    Returns:
-        output (B, T, H of the top layer), final states, final gate, updates (B, T) or (B, T, N).
-    """
+def run(call: Call) -> Result:
+    """Run a stack of cells under a policy over whole sequences, step by step."""
+    cells, policy, x, states, gate, draw, lengths, _ = call
     steps = x.shape[1]
     # unbind, not x[:, t]: the gradient of an index is a tensor as large as x, which makes backward quadratic in T
     inputs, projected = x.unbind(1), cells[0].project(x).unbind(1)
@@ -55,28 +37,25 @@ def run(
         outputs.append(states[-1][0])
         updates.append(u)
     u = torch.stack(updates, 1)
-    return torch.stack(outputs, 1), list(states), gate, u if policy.per_neuron else u.squeeze(2)
+    return Result(torch.stack(outputs, 1), list(states), gate, u.squeeze(2) if policy.family == "step" else u)
 
 
 def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate, draw, valid):
     """One step of a stack whose layers update or copy together; every candidate reads the candidate below."""
+    accumulated = policy.decide(gate, draw)
     candidates = [cells[0].step(projected, states[0])]
     for cell, state in zip(cells[1:], states[1:], strict=True):
         candidates.append(cell(candidates[-1][0], state))
-    accumulated = policy.decide(gate, draw)
+    updated = policy.after_update(gate, candidates[-1][-1])
     if accumulated is None:
+        accumulated = torch.ones_like(projected[:, :1])
         if valid is None:
-            return candidates, gate, torch.ones_like(projected[:, :1])
-        accumulated = valid.to(projected.dtype)
-    u = straight_through_round(accumulated)
+            return candidates, updated, accumulated
+    u = decision(policy, policy.binarise(accumulated), valid)
+    after = mix(u, updated, policy.after_skip(gate, accumulated))
     if valid is not None:
-        u = u * valid
-    proposed = policy.advance(gate, accumulated, u, candidates[-1][-1])
-    if valid is None:
-        gate = proposed
-    else:
-        gate = tuple(torch.where(valid, new, old) for new, old in zip(proposed, gate, strict=True))
-    return [mix(u, *pair) for pair in zip(candidates, states, strict=True)], gate, u
+        after = tuple(torch.where(valid, new, old) for new, old in zip(after, gate, strict=True))
+    return [mix(u, *pair) for pair in zip(candidates, states, strict=True)], after, u
 
 
 def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid):
@@ -85,15 +64,14 @@ def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid):
     below = x
     draws = [None] * len(cells) if draw is None else draw.split([cell.hidden_size for cell in cells], dim=-1)
     for layer, (cell, state) in enumerate(zip(cells, states, strict=True)):
-        u = policy.decide(layer, below, state[0], draws[layer])
-        if valid is not None:
-            u = u * valid
+        u = decision(policy, policy.decide(layer, below, state[0], draws[layer]), valid)
         updated.append(mix(u, cell(below, state), state))
         decisions.append(u)
         below = updated[-1][0]
     return updated, torch.cat(decisions, -1)
 
 
-def mix(u: Tensor, candidate: State, previous: State) -> State:
-    """u * candidate + (1 - u) * previous, entry by entry; u is (B, 1) or (B, H)."""
-    return tuple(u * new + (1 - u) * old for new, old in zip(candidate, previous, strict=True))
+def decision(policy: Policy, u: Tensor, valid: Tensor | None) -> Tensor:
+    """u as it counts: without a gradient unless the policy learns, 0 beyond a sequence's end."""
+    u = u if policy.learned else u.detach()
+    return u if valid is None else torch.where(valid, u, 0)

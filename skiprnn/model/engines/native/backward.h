@@ -30,8 +30,8 @@ public:
 
     Backward(const Problem<T>& problem, int64_t first, int64_t last)
         : d_weight(problem.top().P), p(problem), first_(first), rows_(int(last - first)), L(int(p.layers.size())),
-          weight_(policy_weight(p)), common_(common_steps(p, first, rows_)), times_(rows_), order_(rows_), Q_(rows_),
-          S_(rows_) {
+          weight_(policy_weight(p)), common_(common_steps(p, first, rows_)), times_(rows_), ends_(rows_), order_(rows_),
+          Q_(rows_), S_(rows_) {
         d_weight.zero();
         for (int l = 0; l < L; ++l) {
             const auto& layer = p.layers[l];
@@ -54,6 +54,8 @@ public:
             w.kept.allocate(p.neurons ? size_t(rows_) * 2 * layer.P : 0);
         }
         x_.allocate(size_t(kItems) * p.layers[0].I);
+        u_.allocate(p.top().P);
+        u_.zero();
         if (p.raw.d_x) dx_.allocate(size_t(rows_) * padded(p.layers[0].I));
         find_updates();
     }
@@ -97,12 +99,14 @@ private:
     Buffer<T> weight_;
     const Common common_;
     std::vector<std::vector<int32_t>> times_;  // of each row's updates
+    std::vector<int64_t> ends_;                // of each row's steps; where its gate became NaN, the first of those
     std::vector<int64_t> follows_;             // so many updates of each row are the leader's; -1: it is no follower
     std::vector<int> order_;                   // rows by falling number of updates; then come the gradients of H, C, Q, S
     int begin_ = 0, end_ = 0;                  // of order_: those that take part; before them, those merged
     std::vector<T> Q_, S_;
     std::vector<Work> work_;
     Buffer<T> x_, dx_;
+    Buffer<T> u_;  // of one row's neurons
     std::vector<Step> steps_;
     int items_ = 0;
     std::vector<int> item_row_;
@@ -115,14 +119,16 @@ private:
     int64_t time(int i, int64_t k) const { return times_[order_[i]][k]; }
     int64_t updates(int i) const { return int64_t(times_[order_[i]].size()); }
     int64_t skipped_from(int i, int64_t k) const { return k ? time(i, k - 1) + 1 : 0; }
-    int64_t skipped_to(int i, int64_t k) const { return k < updates(i) ? time(i, k) : p.length(row(i)); }
+    int64_t skipped_to(int i, int64_t k) const { return k < updates(i) ? time(i, k) : ends_[order_[i]]; }
 
     void find_updates() {
         for (int r = 0; r < rows_; ++r) {
             const int64_t b = first_ + r, length = p.length(b);
             const T* u = p.neurons ? nullptr : p.get(p.raw.updates) + b * p.T_;
-            for (int64_t t = 0; t < length; ++t)
+            int64_t t = 0;
+            for (; t < length && (!u || u[t] == u[t]); ++t)
                 if (!u || u[t] != 0) times_[r].push_back(int32_t(t));
+            ends_[r] = t;
             order_[r] = r;
         }
         const auto& leader = times_[common_.leader];
@@ -192,6 +198,24 @@ private:
         Q_[i] = p.raw.d_q ? p.get(p.raw.d_q)[b] : 0;
         S_[i] = p.raw.d_s ? p.get(p.raw.d_s)[b] : 0;
         for (int64_t t = p.T_ - 1; t >= p.length(b); --t) add_output(i, t);
+        if (ends_[order_[i]] < p.length(b)) become_nan(i);
+    }
+
+    // All gradients of a row whose gate became NaN, and of the weights.
+    void become_nan(int i) {
+        const int64_t b = row(i), end = ends_[order_[i]], steps = p.length(b) - end;
+        auto fill = [](T* to, size_t count) { std::fill_n(to, count, kNaN<T>); };
+        for (int l = 0; l < L; ++l) {
+            auto& sums = gradients[l];
+            for (Buffer<T>* sum : {&sums.weight_ih, &sums.weight_hh, &sums.bias}) fill(*sum, sum->size());
+            fill(work_[l].H + size_t(i) * p.layers[l].P, p.layers[l].H);
+            if (p.lstm) fill(work_[l].C + size_t(i) * p.layers[l].P, p.layers[l].H);
+        }
+        fill(d_weight, d_weight.size());
+        d_bias = Q_[i] = S_[i] = kNaN<T>;
+        if (p.raw.d_x) fill(p.get(p.raw.d_x) + (b * p.T_ + end) * p.layers[0].I, steps * p.layers[0].I);
+        if (p.raw.d_projected)
+            fill(p.get(p.raw.d_projected) + (p.raw.row_starts[b] + updates(i)) * p.layers[0].X, steps * p.layers[0].X);
     }
 
     void finish(int i) {
@@ -368,9 +392,9 @@ private:
         add_scaled<T>(P, d, p.lstm ? p.saved_c(L - 1, k + 1, b) : p.saved_h(L - 1, k + 1, b), d_weight);
         add_scaled<T>(P, d, weight_, (p.lstm ? work_[L - 1].C : work_[L - 1].H) + size_t(i) * P);
         d_bias += d;
-        const T through_q = q < 1 - s ? T(1) : q > 1 - s ? T(0) : T(0.5);  // autograd halves the gradient at a tie
-        Q_[i] = through_q * du;
-        S_[i] = through_q * du;  // du directly, less what 1 - s takes back
+        const T to_q = q < 1 - s ? du : q > 1 - s ? 0 : du / 2;  // of min(q, 1 - s); autograd halves it at a tie
+        Q_[i] = to_q;
+        S_[i] = q < 1 - s ? du : du - (du - to_q);  // du directly, less what 1 - s takes back
     }
 
     // Gradients of one layer's update of m rows; an upper layer reads the candidate below, which the update made the
@@ -404,25 +428,25 @@ private:
     }
 
     // From the new state's gradients those of the gates, and what of them flows to the previous state without a product.
-    template <Z kZ>
+    template <Z kHolds>
     void gate_gradients(int l, int m, int64_t k) {
         const auto& layer = p.layers[l];
         auto& w = work_[l];
-        const int P = layer.P, X = layer.X;
+        const int N = layer.H, P = layer.P, X = layer.X;
         const T* h = w.h + size_t(w.held) * P;
         T *H = w.H + size_t(begin_) * P, *C = w.C + size_t(begin_) * P;
         T *dg = w.dg + size_t(w.held) * X, *rh = w.rh + size_t(w.held) * P;
         if (p.lstm) {
             for (int i = 0; i < m; ++i) {
                 const int64_t b = row(begin_ + i);
-                lstm_backward<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, b), p.saved_c(l, k, b), p.saved_c(l, k + 1, b),
-                                     H + i * P, C + i * P, dg + i * X);
+                lstm_backward<T, kHolds>(N, P, w.xin + i * X, p.saved_z(l, k, b), p.saved_c(l, k, b),
+                                         p.saved_c(l, k + 1, b), H + i * P, C + i * P, dg + i * X);
             }
             return;
         }
         for (int i = 0; i < m; ++i)
-            gru_backward_candidate<T, kZ>(P, w.xin + i * X, p.saved_z(l, k, row(begin_ + i)), h + i * P, H + i * P,
-                                          dg + i * X, rh + i * P);
+            gru_backward_candidate<T, kHolds>(N, P, w.xin + i * X, p.saved_z(l, k, row(begin_ + i)), h + i * P,
+                                              H + i * P, dg + i * X, rh + i * P);
         multiply<T>(m, dg + 2 * P, X, layer.candidate_back, w.drh, P, Start::kZero);
         for (int i = 0; i < m; ++i) gru_backward_reset<T>(P, h + i * P, w.drh + i * P, H + i * P, dg + i * X);
     }
@@ -436,29 +460,29 @@ private:
         const int64_t b = row(position), t = time(position, k);
         const T *xin = w.xin + size_t(i) * layer.X, *h = w.h + size_t(w.held + i) * P;
         T* z = p.saved_z(0, k, b);
-        const T* u = p.get(p.raw.updates) + (b * p.T_ + t) * layer.H;
+        std::memcpy(u_, p.get(p.raw.updates) + (b * p.T_ + t) * layer.H, layer.H * sizeof(T));
         T *H = w.H + size_t(position) * P, *C = w.C + size_t(position) * P, *kept = w.kept + size_t(i) * 2 * P;
         const bool learned = p.policy == Policy::kSelective;
         if (learned) {
             T *h_new = w.candidates, *c_new = h_new + P, *da = w.dg + size_t(w.held + i) * layer.X + layer.G * P;
             const T *c = p.lstm ? p.saved_c(0, k, b) : nullptr, slope = T(p.raw.slope);
             if (p.lstm)
-                lstm_candidate<T, Z::kPart>(P, xin, z, c, h_new, c_new);
+                lstm_candidate<T, Z::kPart>(layer.H, P, xin, z, c, h_new, c_new);
             else
-                gru_candidate<T, Z::kPart>(P, xin, z, z + 2 * P, h, h_new);
+                gru_candidate<T, Z::kPart>(layer.H, P, xin, z, z + 2 * P, h, h_new);
             std::fill(da, da + P, T(0));
             for (int n = 0; n < layer.H; ++n) {
                 const T ramp = ((xin[layer.G * P + n] + layer.gate_state[n] * h[n]) * slope + 1) / 2;
-                if (ramp < 0 || ramp > 1) continue;  // the clamp passes no gradient
-                T du = H[n] * (h_new[n] - h[n]) + d_update(position, t, n);
-                if (p.lstm) du += C[n] * (c_new[n] - c[n]);
-                da[n] = du * slope / 2;
+                if (ramp >= 0 && ramp <= 1) {  // elsewhere the clamp passes no gradient
+                    T du = H[n] * (h_new[n] - h[n]) + d_update(position, t, n);
+                    if (p.lstm) du += C[n] * (c_new[n] - c[n]);
+                    da[n] = du * slope / 2;
+                }
                 gradients[0].gate_state[n] += da[n] * h[n];
             }
         }
-        std::fill(kept, kept + 2 * P, T(0));
-        for (int n = 0; n < layer.H; ++n)
-            if (u[n] == 0) kept[n] = H[n], kept[P + n] = C[n], H[n] = 0, C[n] = 0;
+        choose_backward<T>(P, u_, H, kept);
+        if (p.lstm) choose_backward<T>(P, u_, C, kept + P);
     }
 
     void join(int i) {
@@ -467,7 +491,7 @@ private:
         const int P = layer.P;
         T *H = w.H + size_t(begin_ + i) * P, *C = w.C + size_t(begin_ + i) * P, *kept = w.kept + size_t(i) * 2 * P;
         add_scaled<T>(P, 1, kept, H);
-        add_scaled<T>(P, 1, kept + P, C);
+        if (p.lstm) add_scaled<T>(P, 1, kept + P, C);
         if (p.policy != Policy::kSelective) return;
         const T* da = w.dg + size_t(w.held + i) * layer.X + layer.G * P;
         for (int n = 0; n < layer.H; ++n) H[n] += da[n] * layer.gate_state[n];

@@ -20,15 +20,15 @@ struct Candidates {
 
     void compute(const Layer<T>& layer, bool lstm, int m, const T* xin, T* const* z, const T* const* h,
                  const T* const* c, T* const* h_new, T* const* c_new) {
-        const int P = layer.P, X = layer.X;
+        const int H = layer.H, P = layer.P, X = layer.X;
         constexpr Z kPart = Z::kPart;
         if (lstm) {
-            for (int r = 0; r < m; ++r) lstm_candidate<T, kPart>(P, xin + r * X, z[r], c[r], h_new[r], c_new[r]);
+            for (int r = 0; r < m; ++r) lstm_candidate<T, kPart>(H, P, xin + r * X, z[r], c[r], h_new[r], c_new[r]);
             return;
         }
-        for (int r = 0; r < m; ++r) gru_reset<T, kPart>(P, xin + r * X, z[r], h[r], rh + r * P);
+        for (int r = 0; r < m; ++r) gru_reset<T, kPart>(H, P, xin + r * X, z[r], h[r], rh + r * P);
         multiply<T>(m, rh, P, layer.candidate, zc, P, Start::kZero);
-        for (int r = 0; r < m; ++r) gru_candidate<T, kPart>(P, xin + r * X, z[r], zc + r * P, h[r], h_new[r]);
+        for (int r = 0; r < m; ++r) gru_candidate<T, kPart>(H, P, xin + r * X, z[r], zc + r * P, h[r], h_new[r]);
     }
 };
 
@@ -52,18 +52,8 @@ Buffer<T> policy_weight(const Problem<T>& p) {
     return weight;
 }
 
-// u of each neuron of one layer and step: from the draw (H), or Selective's gate on xin's last block.
 template <class T>
-inline void decide_neurons(const Problem<T>& p, const Layer<T>& layer, int64_t step, const T* xin, const T* h, T* u) {
-    if (p.policy == Policy::kRandomNeurons) {
-        const T* draw = p.get(p.raw.draw) + step * layer.H;
-        for (int n = 0; n < layer.H; ++n) u[n] = draw[n] > T(0.5);
-        return;
-    }
-    const T* gate = xin + layer.G * layer.P;
-    for (int n = 0; n < layer.H; ++n)
-        u[n] = ((gate[n] + layer.gate_state[n] * h[n]) * T(p.raw.slope) + 1) / 2 > T(0.5);
-}
+constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
 constexpr int64_t kMuch = 1 << 24;  // bytes of output that a cache would not keep
 
@@ -87,6 +77,8 @@ public:
         gathered_.allocate(size_t(rows_) * P);
         mixed_.allocate(size_t(rows_) * 2 * P);
         mixed_.zero();
+        u_.allocate(P);
+        u_.zero();
         candidates_.allocate(rows_, P, p.lstm);
     }
 
@@ -121,6 +113,7 @@ private:
     Buffer<T> weight_;
     std::vector<Buffer<T>> h_, c_;              // the current states; with save_, they live in the saved tensors instead
     Buffer<T> z_, xin_, x_, gathered_, mixed_;  // rows in the order of active_
+    Buffer<T> u_;                               // of one row's neurons
     Candidates<T> candidates_;
     const Common common_;
     std::vector<int> followers_;  // of the leader, so far
@@ -191,15 +184,39 @@ private:
         } else if (p.policy == Policy::kSkip) {
             // repeated addition, as the reference: eq. 6 in closed form differs at exact ties
             T s = s_[r], accumulated = s + std::min(q_[r], 1 - s);
+            if (t < end && accumulated != accumulated) return become_nan(r, t, k);
             for (; t < end && !(accumulated > T(0.5)); ++t) s = accumulated, accumulated = s + q_[r];  // q <= 1 - s now
             s_[r] = s;
             if (save_) *p.saved_q(k, b) = q_[r], *p.saved_s(k, b) = s_[r];
         }
         time_[r] = t;
-        const int64_t H = p.top().H, first = std::max<int64_t>(from - 1, 0), last = t < end ? t : p.T_;
+        show(r, from, t < end ? t : p.T_, k);
+        if (t == end) finish(r, k);
+    }
+
+    // The outputs from the one after update number k, at the step before `from`, up to a step.
+    void show(int r, int64_t from, int64_t last, int64_t k) {
+        const int64_t b = first_ + r, H = p.top().H, first = std::max<int64_t>(from - 1, 0);
         T* output = p.get(p.raw.output) + (b * p.T_ + first) * H;
         repeat<T>(h(L - 1, k, r), H, last - first, output, p.B * p.T_ * H * int64_t(sizeof(T)) >= kMuch);
-        if (t == end) finish(r, k);
+    }
+
+    // A gate that is NaN says so for good: of decisions, outputs and states from step t on.
+    void become_nan(int r, int64_t t, int64_t k) {
+        const int64_t b = first_ + r, H = p.top().H;
+        time_[r] = p.T_;
+        show(r, t, t, k);
+        auto fill = [&](void* tensor, int64_t from, int64_t count) {
+            std::fill_n(p.get(tensor) + from, count, kNaN<T>);
+        };
+        fill(p.raw.output, (b * p.T_ + t) * H, (p.T_ - t) * H);
+        fill(p.raw.updates, b * p.T_ + t, p.length(b) - t);
+        for (int l = 0; l < L; ++l) {
+            fill(p.raw.layer[l].h, b * p.layers[l].H, p.layers[l].H);
+            if (p.lstm) fill(p.raw.layer[l].c, b * p.layers[l].H, p.layers[l].H);
+        }
+        fill(p.raw.q, b, 1), fill(p.raw.s, b, 1);
+        if (save_) *p.saved_q(k, b) = q_[r], *p.saved_s(k, b) = s_[r];
     }
 
     void finish(int r, int64_t k) {
@@ -267,31 +284,31 @@ private:
     // The same from whole pre-activations, which the gates replace in z.
     void whole(int l, int64_t k, int m, T* z) {
         const auto& layer = p.layers[l];
-        const int P = layer.P, R = layer.R, width = layer.G * P;
+        const int H = layer.H, P = layer.P, R = layer.R, width = layer.G * P;
         project(l, k, m, z);
         multiply<T>(m, contiguous(l, k), P, layer.recurrent, z, width, Start::kAccumulate);
         if (p.lstm) {
-            for (int i = 0; i < m; ++i) lstm_candidate<T, Z::kGates>(P, z, zp_[i], cp_[i], h_new_[i], c_new_[i]);
+            for (int i = 0; i < m; ++i) lstm_candidate<T, Z::kGates>(H, P, z, zp_[i], cp_[i], h_new_[i], c_new_[i]);
             return;
         }
-        for (int i = 0; i < m; ++i) gru_reset<T, Z::kGates>(P, z, zp_[i], hp_[i], candidates_.rh + i * P);
+        for (int i = 0; i < m; ++i) gru_reset<T, Z::kGates>(H, P, z, zp_[i], hp_[i], candidates_.rh + i * P);
         multiply<T>(m, candidates_.rh, P, layer.candidate, z + R, width, Start::kAccumulate);
-        for (int i = 0; i < m; ++i) gru_candidate<T, Z::kGates>(P, z, zp_[i], zp_[i] + R, hp_[i], h_new_[i]);
+        for (int i = 0; i < m; ++i) gru_candidate<T, Z::kGates>(H, P, z, zp_[i], zp_[i] + R, hp_[i], h_new_[i]);
     }
 
-    // Each neuron takes its candidate or stays.
+    // Which neurons of item i take their candidate.
     void mix(int l, int64_t k, int i) {
         const auto& layer = p.layers[l];
-        const int r = active_[i];
+        const int r = active_[i], H = layer.H, P = layer.P;
         const int64_t step = (first_ + r) * p.T_ + time_[r];
-        T* u = p.get(p.raw.updates) + step * layer.H;
-        decide_neurons<T>(p, layer, step, xin_ + size_t(i) * layer.X, hp_[i], u);
-        auto choose = [&](const T* candidate, const T* previous, T* to) {
-            for (int n = 0; n < layer.H; ++n) to[n] = u[n] != 0 ? candidate[n] : previous[n];
-            std::fill(to + layer.H, to + layer.P, T(0));
-        };
-        choose(h_new_[i], hp_[i], h(l, k + 1, r));
-        if (p.lstm) choose(c_new_[i], cp_[i], c(l, k + 1, r));
+        if (p.policy == Policy::kSelective)
+            selective_decisions<T>(H, P, xin_ + size_t(i) * layer.X + layer.G * P, layer.gate_state, hp_[i],
+                                   T(p.raw.slope), u_);
+        else
+            std::memcpy(u_, p.get(p.raw.draw) + step * H, H * sizeof(T));
+        std::memcpy(p.get(p.raw.updates) + step * H, u_, H * sizeof(T));
+        choose<T>(P, u_, h_new_[i], hp_[i], h(l, k + 1, r));
+        if (p.lstm) choose<T>(P, u_, c_new_[i], cp_[i], c(l, k + 1, r));
     }
 
     // After the row's update: the gate, and when the next one is. k counts the updates so far.

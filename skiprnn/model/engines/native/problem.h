@@ -70,7 +70,7 @@ struct Layer {
         bias.zero();
         gate_state.zero();
         for (int g = 0; g < G; ++g)
-            for (int u = 0; u < H; ++u) bias[g * P + u] = get(raw.bias)[g * H + u] + (lstm && g == 2 ? T(1) : T(0));
+            for (int u = 0; u < H; ++u) bias[g * P + u] = get(raw.bias)[g * H + u];
         for (int u = 0; selective && u < H; ++u) {
             bias[G * P + u] = get(raw.gate_bias)[u];
             gate_state[u] = get(raw.gate_state)[u];
@@ -79,8 +79,8 @@ struct Layer {
 
     void pack_forward(bool projected) {
         if (!projected) input.pack_columns(I, I, input_rows_.data(), X);
-        recurrent.pack_columns(P, H, state_rows_.data(), R);
-        if (R < G * P) candidate.pack_columns(P, H, &state_rows_[R], P);
+        recurrent.pack_columns(H, H, state_rows_.data(), R);
+        if (R < G * P) candidate.pack_columns(H, H, &state_rows_[R], P);
     }
 
     void pack_backward(bool needs_input) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -24,12 +25,14 @@ template <>
 struct Simd<float> {
     typedef float Vector __attribute__((vector_size(kVectorBytes), may_alias));
     typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-    typedef int32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+    typedef int32_t Integer;
+    typedef Integer Bits __attribute__((vector_size(kVectorBytes), may_alias));
     static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     static constexpr int kMantissa = 23;
     static constexpr int32_t kOne = 127 << 23;  // the bits of 1.0
     static constexpr float kLn2High = 0.6931471805599453f, kLn2Low = 0;  // exp(-20) off by 2e-7 of it, 1e-6 without FMA
     static constexpr float kSigmoidLimit = 60, kTanhLimit = 20;  // beyond, the result no longer changes visibly
+    static constexpr float kSigmoidZero = 88.3f;  // from there on exp(x) is so large that its inverse is no normal number
     // expm1(r) / r on |r| <= ln(2) / 2, Chebyshev fit: relative error 1e-8
     static constexpr int kTerms = 6;
     static constexpr float kCoefficients[kTerms] = {1.0f,        0.5f,          0.16666504741f,
@@ -40,12 +43,14 @@ template <>
 struct Simd<double> {
     typedef double Vector __attribute__((vector_size(kVectorBytes), may_alias));
     typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-    typedef int64_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+    typedef int64_t Integer;
+    typedef Integer Bits __attribute__((vector_size(kVectorBytes), may_alias));
     static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr int kMantissa = 52;
     static constexpr int64_t kOne = int64_t(1023) << 52;
     static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
     static constexpr double kSigmoidLimit = 300, kTanhLimit = 42;
+    static constexpr double kSigmoidZero = 709.4;
     // expm1(r) / r, Taylor: the next term is below 1e-17
     static constexpr int kTerms = 14;
     static constexpr double kCoefficients[kTerms] = {
@@ -68,6 +73,32 @@ inline Vector<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vector<T> v) {
     *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+// Of the vectors over H elements padded to P, body(v, keep) for the one at v; keep makes what lies in the padding 0: there
+// a weight of 0 times an infinite number left NaN.
+template <class T>
+struct Whole {
+    Vector<T> operator()(Vector<T> x) const { return x; }
+};
+
+template <class T>
+struct Part {
+    using Bits = typename Simd<T>::Bits;
+    Bits mask;
+    explicit Part(int there) {
+        static constexpr typename Simd<T>::Integer kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        std::memcpy(&mask, kNumbers, sizeof(mask));
+        mask = mask < Bits{} + there;
+    }
+    Vector<T> operator()(Vector<T> x) const { return (Vector<T>)((Bits)x & mask); }
+};
+
+template <class T, class Body>
+inline void for_vectors(int H, int P, Body body) {
+    int v = 0;
+    for (; v + kLanes<T> <= H; v += kLanes<T>) body(v, Whole<T>());
+    for (; v < P; v += kLanes<T>) body(v, Part<T>(H - v));
 }
 
 template <class T>
@@ -117,9 +148,9 @@ inline void exp_parts(Vector<T> x, Vector<T>& scale, Vector<T>& p) {
 
 // 1 + exp(-x), so that sigmoid(x) is its inverse
 template <class T>
-inline Vector<T> sigmoid_inverse(Vector<T> x) {
+inline Vector<T> sigmoid_inverse(Vector<T> x, T limit = Simd<T>::kSigmoidLimit) {
     Vector<T> scale, p;
-    exp_parts<T>(-clamp<T>(x, Simd<T>::kSigmoidLimit), scale, p);
+    exp_parts<T>(-clamp<T>(x, limit), scale, p);
     return (scale * p + scale) + T(1);
 }
 
@@ -131,9 +162,15 @@ inline Vector<T> tanh_exponential(Vector<T> x) {
     return scale * p + (scale - T(1));
 }
 
+// s, a multiple of sigmoid(x), but of 0 where torch's is 0: beside infinite weights or states, that shows.
+template <class T>
+inline Vector<T> or_zero(Vector<T> x, Vector<T> s) {
+    return x < Vector<T>{} - Simd<T>::kSigmoidZero ? s * T(0) : s;
+}
+
 template <class T>
 inline Vector<T> sigmoid(Vector<T> x) {
-    return T(1) / sigmoid_inverse<T>(x);
+    return or_zero<T>(x, T(1) / sigmoid_inverse<T>(x));
 }
 
 template <class T>
@@ -146,7 +183,13 @@ inline Vector<T> tanh(Vector<T> x) {
 template <class T>
 inline Vector<T> sigmoid_times_tanh(Vector<T> a, Vector<T> b) {
     const Vector<T> e = tanh_exponential<T>(b);
-    return e / (sigmoid_inverse<T>(a) * (e + T(2)));
+    return e / (sigmoid_inverse<T>(a, Simd<T>::kSigmoidZero) * (e + T(2)));
+}
+
+// c * sigmoid(a) likewise
+template <class T>
+inline Vector<T> times_sigmoid(Vector<T> c, Vector<T> a) {
+    return or_zero<T>(a, c / sigmoid_inverse<T>(a));
 }
 
 // sigmoid(a) and tanh(b) for one division
@@ -154,7 +197,7 @@ template <class T>
 inline void sigmoid_and_tanh(Vector<T> a, Vector<T> b, Vector<T>& sigmoid_a, Vector<T>& tanh_b) {
     const Vector<T> s = sigmoid_inverse<T>(a), e = tanh_exponential<T>(b), e2 = e + T(2);
     const Vector<T> inverse = T(1) / (s * e2);
-    sigmoid_a = inverse * e2;
+    sigmoid_a = or_zero<T>(a, inverse * e2);
     tanh_b = e * (inverse * s);
 }
 

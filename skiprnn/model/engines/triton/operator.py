@@ -10,32 +10,24 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.model.engines.native.operator import (
-    CELLS,
-    NEURON_POLICIES,
-    WEIGHTS,
-    recurrence,
-    recurrence_backward,
-)
-from skiprnn.model.engines.triton import resident, streamed
+from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.triton import parts, resident, streamed
 from skiprnn.model.engines.triton.launch import FEW_INPUTS, TILE, columns, fits_chip, operands, padded
-from skiprnn.model.engines.triton.parts import Gradients, Inputs, Saved, Weights
 
 
 class _Sizes:
     """Sizes of a call, and what the kernels are compiled for."""
 
-    def __init__(self, cell: str, policy: str, x: Tensor, states: Sequence[Tensor]):
-        self.gates, self.entries = CELLS[cell]
-        self.runs, self.batch, self.steps, self.inputs = x.shape
-        self.hidden = [state.shape[-1] for state in states[:: self.entries]]
+    def __init__(self, problem: Problem):
+        self.gates, self.entries, self.hidden = problem.gates, problem.entries, problem.hidden
+        self.runs, self.batch, self.steps, self.inputs = problem.x.shape
         self.layers, self.width = len(self.hidden), padded(max(self.hidden))
-        self.columns = self.gates + (policy == "selective")
-        self.operands = operands(x.dtype)
+        self.columns = self.gates + (problem.policy == "selective")
+        self.operands = operands(problem.x.dtype)
         self.resident = fits_chip(self.gates, self.layers, self.width, self.operands)
         self.options: dict[str, Any] = {
-            "LSTM": cell == "lstm",
-            "POLICY": policy,
+            "LSTM": problem.cell == "lstm",
+            "POLICY": problem.policy,
             "H": self.hidden[-1],
             "W": self.width,
             "TILE": TILE,
@@ -65,16 +57,16 @@ class _Sizes:
         return states[0].view(self.states), states[-1].view(self.states), pre.view(self.pre)
 
 
-def shapes(cell: str, policy: str, x: Tensor, states, save: bool) -> list[tuple[int, ...]]:
+def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     """The outputs' shapes."""
-    sizes = _Sizes(cell, policy, x, states)
-    rows = x.shape[:3]
-    skip = policy == "skip"
+    sizes = _Sizes(problem)
+    rows = problem.x.shape[:3]
+    skip = problem.policy == "skip"
     return [
         (*rows, sizes.hidden[-1]),
         (sizes.runs, sizes.batch * sizes.entries * sum(sizes.hidden)),
         (sizes.runs, 2, sizes.batch) if skip else (0,),
-        (*rows, sizes.hidden[-1]) if policy in NEURON_POLICIES else tuple(rows),
+        (*rows, sizes.hidden[-1]) if problem.by_neuron else tuple(rows),
         (sizes.saved() if save else 0,),
         (sizes.runs, sizes.steps, 3, sizes.batch) if skip and save else (0,),
         (0,),
@@ -97,8 +89,8 @@ def _recurrent_weights(sizes: _Sizes, weights: Sequence[Tensor], dtype: torch.dt
     return weight, below
 
 
-def _input_weights(sizes: _Sizes, cell: str, policy: str, weights, policy_weights) -> tuple[Tensor, Tensor]:
-    """x_weight (R, I, X, W) of the first layer and bias (R, L, X, W) of all, 1 added to the forget gate's."""
+def _input_weights(sizes: _Sizes, policy: str, weights, policy_weights) -> tuple[Tensor, Tensor]:
+    """x_weight (R, I, X, W) of the first layer and bias (R, L, X, W) of all."""
     first = sizes.hidden[0]
     x_weight = weights[0].new_zeros(sizes.runs, sizes.inputs, sizes.columns, sizes.width)
     bias = weights[0].new_zeros(sizes.runs, sizes.layers, sizes.columns, sizes.width)
@@ -107,45 +99,42 @@ def _input_weights(sizes: _Sizes, cell: str, policy: str, weights, policy_weight
     for layer, hidden in enumerate(sizes.hidden):
         blocks = weights[WEIGHTS * layer + 2].view(sizes.runs, sizes.gates, hidden)
         bias[:, layer, : sizes.gates, :hidden] = blocks
-    if cell == "lstm":
-        bias[:, :, 2] += 1
     if policy == "selective":
         x_weight[:, :, sizes.gates, :first] = policy_weights[0].transpose(1, 2)
         bias[:, 0, sizes.gates, :first] = policy_weights[2]
     return x_weight, bias
 
 
-def _widened(parts: Sequence[Tensor], sizes: _Sizes, into: Tensor) -> Tensor:
+def _widened(tensors: Sequence[Tensor], sizes: _Sizes, into: Tensor) -> Tensor:
     """One tensor (R, B, H) per layer -> into (R, L, B, W)."""
-    for layer, part in enumerate(parts):
-        into[:, layer, :, : part.shape[-1]] = part
+    for layer, tensor in enumerate(tensors):
+        into[:, layer, :, : tensor.shape[-1]] = tensor
     return into
 
 
-def _weights(sizes: _Sizes, cell: str, policy: str, weights, policy_weights) -> Weights:
+def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weights:
     """All weights as the kernels read them."""
     of_h, of_below = _recurrent_weights(sizes, weights, sizes.operands)
-    of_x, bias = _input_weights(sizes, cell, policy, weights, policy_weights)
+    of_x, bias = _input_weights(sizes, policy, weights, policy_weights)
     more = sizes.width - sizes.hidden[-1]
     w_p = b_p = w_u = slope = None
     if policy == "skip":
         w_p, b_p = torch.nn.functional.pad(policy_weights[0], (0, more)), policy_weights[1].contiguous()
     if policy == "selective":
         w_u, slope = torch.nn.functional.pad(policy_weights[1], (0, more)), policy_weights[3].contiguous()
-    return Weights(of_x, bias, of_h, of_below, w_p, b_p, w_u, slope)
+    return parts.Weights(of_x, bias, of_h, of_below, w_p, b_p, w_u, slope)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-@recurrence.register_kernel("cuda")
-def forward(cell, policy, x, states, weights, gate, policy_weights, draw, lengths, save):
+def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
-    sizes = _Sizes(cell, policy, x, states)
-    expected = shapes(cell, policy, x, states, save)
+    _, _, policy, x, states, weights, gate, policy_weights, draw, lengths = problem
+    sizes, expected = _Sizes(problem), shapes(problem, save)
     output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(shape) for shape in expected)
-    laid_out = _weights(sizes, cell, policy, weights, policy_weights)
+    laid_out = _weights(sizes, policy, weights, policy_weights)
     few = sizes.inputs <= FEW_INPUTS
     nothing = x.new_empty(0)
     h, c, pre = sizes.split(saved) if save else (nothing, nothing, nothing if few else x.new_empty(sizes.pre))
@@ -153,18 +142,17 @@ def forward(cell, policy, x, states, weights, gate, policy_weights, draw, length
         rows = x.transpose(1, 2).reshape(sizes.runs, -1, sizes.inputs)
         product = torch.baddbmm(laid_out.bias[:, 0].flatten(1).unsqueeze(1), rows, laid_out.of_x.flatten(2))
         pre[:, 0] = product.view(pre[:, 0].shape)
-    if save and not sizes.resident:
-        now, last = (h, c), sizes.steps
-    else:
+    now, last = [h, c], sizes.steps
+    if sizes.resident or not save:
         slots = 1 if sizes.resident else 2
-        now = x.new_empty(2, sizes.runs, sizes.layers, slots, sizes.batch, sizes.width).unbind()
+        now = list(x.new_empty(2, sizes.runs, sizes.layers, slots, sizes.batch, sizes.width))
         last = sizes.steps % slots
     for entry, buffer in zip(range(sizes.entries), now, strict=False):
         _widened(states[entry :: sizes.entries], sizes, buffer[:, :, 0].zero_())
     if policy == "skip":
         last_gate.copy_(torch.stack(list(gate), 1))
-    inputs = Inputs(x.contiguous(), _contiguous(draw), _contiguous(lengths))
-    arguments = inputs, laid_out, *now, last_gate, Saved(pre, h, c, saved_gate), output, updates
+    inputs = parts.Inputs(x.contiguous(), _contiguous(draw), _contiguous(lengths))
+    arguments = inputs, laid_out, *now, last_gate, parts.Saved(pre, h, c, saved_gate), output, updates
     options = {**sizes.options, "INPUTS": sizes.inputs if few else 0, "SAVE": save}
     if sizes.resident:
         resident.forward[sizes.grid](*arguments, sizes.batch, sizes.steps, **options)
@@ -178,34 +166,17 @@ def forward(cell, policy, x, states, weights, gate, policy_weights, draw, length
         for layer, hidden in enumerate(sizes.hidden)
         for buffer in now[: sizes.entries]
     ]
-    return output, torch.cat(final, 1), last_gate, updates, saved, saved_gate, projected
+    return Outputs(output, torch.cat(final, 1), last_gate, updates, saved, saved_gate, projected)
 
 
-@recurrence_backward.register_kernel("cuda")
-def backward(
-    cell,
-    policy,
-    x,
-    states,
-    weights,
-    gate,
-    policy_weights,
-    draw,
-    lengths,
-    updates,
-    saved,
-    saved_gate,
-    projected,
-    d_output,
-    d_final,
-    d_gate,
-    d_updates,
-    needs_input,
-):
+def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
     """skiprnn::recurrence_backward of R runs at once."""
-    sizes = _Sizes(cell, policy, x, states)
+    _, cell, policy, x, _, weights, _, policy_weights, _, lengths = problem
+    _, _, _, updates, saved, saved_gate, _ = outputs
+    d_output, d_final, d_gate, d_updates = arriving
+    sizes = _Sizes(problem)
     h, c, pre = sizes.split(saved)
-    laid_out = _weights(sizes, cell, policy, weights, policy_weights)
+    laid_out = _weights(sizes, policy, weights, policy_weights)
     d_h, d_c = x.new_zeros(2, sizes.runs, sizes.layers, sizes.batch, sizes.width)
     if d_final is not None:
         lengths_of = [sizes.batch * hidden for hidden in sizes.hidden for _ in range(sizes.entries)]
@@ -217,8 +188,8 @@ def backward(
     skip = policy == "skip"
     d_last_gate = x.new_zeros(sizes.runs, 2, sizes.batch) if d_gate is None else d_gate.clone()
     d_logit = x.new_empty(sizes.runs, sizes.steps, sizes.batch) if skip else x.new_empty(0)
-    gradients = Gradients(_contiguous(d_output), _contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
-    arguments = _contiguous(lengths), laid_out, Saved(pre, h, c, saved_gate), updates, gradients, reset
+    gradients = parts.Gradients(_contiguous(d_output), _contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
+    arguments = _contiguous(lengths), laid_out, parts.Saved(pre, h, c, saved_gate), updates, gradients, reset
     if sizes.resident:
         resident.backward[sizes.grid](*arguments, sizes.batch, sizes.steps, **sizes.options)
     else:
@@ -243,7 +214,8 @@ def backward(
         of_x = laid_out.of_x.flatten(2)
         d_x = torch.bmm(d_pre[:, 0].reshape(sizes.runs, -1, of_x.shape[2]), of_x.transpose(1, 2))
         d_x = d_x.view(sizes.runs, sizes.steps, sizes.batch, -1).transpose(1, 2).contiguous()
-    return [d_x, *(gradient.clone(memory_format=torch.contiguous_format) for gradient in found)]  # of their own
+    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
+    return Gradients.of([d_x, *own], problem)
 
 
 def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Tensor, reset: Tensor):
@@ -275,3 +247,6 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
         found.append(d_state[:, :, :hidden, :hidden].reshape(sizes.runs, sizes.gates * hidden, hidden))
         found.append(d_bias[:, : sizes.gates, :hidden].reshape(sizes.runs, -1))
     return found, d_gate_input
+
+
+KERNELS["triton"] = Kernels(shapes, forward, backward)

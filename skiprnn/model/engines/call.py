@@ -1,0 +1,48 @@
+"""What an engine is given and what it gives back; which cells and policies the fast engines know.
+
+Shapes: B batch, T steps, I input, H hidden of a layer, N neurons of all layers together.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from skiprnn.model.cells import Cell, GRUCell, LSTMCell, State
+from skiprnn.model.policies import Always, Gate, Policy, RandomNeurons, RandomSteps, Selective, Skip
+
+# In the order of native/problem.h's enumerations. By identity: what a subclass changes, only the reference engine sees.
+CELLS: tuple[type[Cell], ...] = (LSTMCell, GRUCell)
+POLICIES: tuple[type[Policy], ...] = (Always, RandomSteps, Skip, RandomNeurons, Selective)
+
+
+class Call(NamedTuple):
+    """A stack of cells under a policy, and the sequences that it shall run over."""
+
+    cells: Sequence[Cell]  # the layers, from the input up
+    policy: Policy
+    x: Tensor  # (B, T, I)
+    states: Sequence[State]  # each layer's before the first step, (B, H) per entry
+    gate: Gate  # the step policy's before the first step, (B, 1) each; () if it has none
+    draw: Tensor | None = None  # the policy's random decisions, (B, T) or (B, T, N)
+    lengths: Tensor | None = None  # (B,): steps that count, later ones update nothing; None: all T
+    alike: bool = False  # all sequences begin with the state and the gate of the first
+
+
+class Result(NamedTuple):
+    """What became of them."""
+
+    output: Tensor  # (B, T, H of the top layer)
+    states: Sequence[State]  # as in Call, after the last step that counts
+    gate: Gate
+    updates: Tensor  # (B, T) of a step policy, (B, T, N) of a neuron policy; without a gradient unless it learns
+
+
+def unknown(cells: Sequence[Cell], policy: Policy) -> str | None:
+    """Why no engine but the reference serves these classes; None if the others know them."""
+    if type(policy) not in POLICIES:
+        return f"it does not know the policy {type(policy).__name__}"
+    for cell in cells:
+        if type(cell) not in CELLS or type(cell) is not type(cells[0]):
+            return f"it does not know the cell {type(cell).__name__}"
+    return None
