@@ -9,11 +9,13 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import triton_kernels
 from test_engines import assert_equal, network, random_state, results
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skiprnn import LSTM, Recurrent, RecurrentState, SkipLSTM
 from skiprnn.model import engines
@@ -168,16 +170,33 @@ def test_auto_never_interprets_and_says_what_it_cannot_do():
         LSTM(2, 513, engine="triton").engine_for(x)
 
 
-def test_wide_layers_are_refused_where_they_use_a_small_part_of_the_gpu():
-    """UCF-101's two layers of 512 at a batch of 32 are 2 programs for 132 processors; what fits a chip is served."""
+@pytest.mark.parametrize(
+    ("gates", "layers", "hidden", "programs", "refused"),
+    [
+        (4, 2, 512, 2, True),  # UCF-101 at a batch of 32
+        (4, 1, 512, 32, True),
+        (4, 1, 512, 33, False),  # a quarter of the processors
+        (4, 2, 256, 2, False),  # few products a step
+        (4, 2, 110, 1, False),
+        (4, 1, 110, 1, False),  # the weights stay on the chip
+    ],
+)
+def test_wide_layers_are_refused_where_they_use_a_small_part_of_the_gpu(gates, layers, hidden, programs, refused):
     half = torch.float16
-    assert launch.fits_chip(4, 1, launch.padded(110), half)
-    assert not launch.wasteful(4, 1, launch.padded(110), half, programs=1, processors=132)
-    assert not launch.wasteful(4, 2, launch.padded(110), half, programs=1, processors=132)
-    assert launch.wasteful(4, 2, 512, half, programs=2, processors=132)
-    assert launch.wasteful(4, 1, 512, half, programs=32, processors=132)
-    assert not launch.wasteful(4, 1, 512, half, programs=33, processors=132)
-    assert not launch.wasteful(4, 2, 256, half, programs=2, processors=132)
+    assert launch.wasteful(gates, layers, launch.padded(hidden), half, programs, processors=132) is refused
+
+
+def test_auto_leaves_wide_layers_to_torch(monkeypatch):
+    """On a GPU that is not there."""
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    rnn = Recurrent("lstm", "skip", 8, 512, 2)
+    with FakeTensorMode():
+        small, large = torch.empty(32, 25, 8, device="cuda"), torch.empty(1024, 25, 8, device="cuda")
+    assert "2 of the GPU's 132 processors" in triton.unsupported(rnn.cells, rnn.policy, small)
+    assert engines.choose("auto", rnn.cells, rnn.policy, small) == "reference"
+    assert engines.choose("auto", rnn.cells, rnn.policy, large) == "triton"
 
 
 def compiled(architecture: int, variants: list[str]) -> list[dict]:

@@ -32,9 +32,9 @@ class _Sizes:
             "W": self.width,
             "TILE": TILE,
             "BLOCK": columns(self.width, self.operands, self.resident),
-            "num_warps": 8 if self.resident else 4,
+            "num_warps": 8,
             "num_stages": 1 if self.resident else 3,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": True,  # multiply and add in one instruction; the default differs between Tritons
         }
         if torch.version.hip is None:
             self.options["maxnreg"] = 255  # occupancy is not what limits: better more registers than spills
