@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before Triton is imported: then the GPU engine's kernels can be tested on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from skiprnn.data.ucf101.store import appending
 from skiprnn.training import config, job
 from skiprnn.training.config import RunConfig
@@ -24,8 +27,6 @@ SMALL = [
     "device=cpu",
 ]
 
-if not torch.cuda.is_available():  # before Triton is imported: then the GPU engine's kernels can be tested on the CPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # bit-for-bit comparisons with subprocesses, which get threads=1
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.engines.operator import Outputs, Problem, apply, by_layers, needs_gradient, problem_of, result_of
-from skiprnn.model.policies import Policy
+from skiprnn.model.engines.triton.launch import TILE, operands, padded, wasteful
+from skiprnn.model.policies import Policy, Skip
 
 LARGEST = 512  # units: beyond that a tile of rows leaves the chip too often
 
@@ -43,6 +44,11 @@ def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
     widest = max(cell.hidden_size for cell in cells)
     if widest > LARGEST:
         return f"it serves up to {LARGEST} units; there are {widest}"
+    if x.device.type == "cuda":
+        layers = len(cells) if isinstance(policy, Skip) else 1  # that are run at once
+        programs, processors = -(-len(x) // TILE), torch.cuda.get_device_properties(x.device).multi_processor_count
+        if wasteful(len(cells[0].gates), layers, padded(widest), operands(x.dtype), programs, processors):
+            return f"for {widest} units it is slow where it uses {programs} of the GPU's {processors} processors"
     return None
 
 

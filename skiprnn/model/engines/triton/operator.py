@@ -1,6 +1,6 @@
 """skiprnn::recurrence on a GPU: what the kernels read and write, the products before and after the time loop.
 
-Every tensor has a leading dimension R, the runs that share a launch. Other shapes: see kernels.py.
+Every tensor has a leading dimension R, the runs that share a launch. Other shapes: see parts.py.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,8 @@ import triton
 from torch import Tensor
 
 from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
-from skiprnn.model.engines.triton import kernels
-
-TILE = 16  # rows of a program: the least that a matrix instruction takes
-BLOCK = 32  # columns of a state that are computed at once, where states and weights pass through memory
-ON_CHIP = 128 << 10  # bytes of weights that a program keeps in its registers
-FEW_INPUTS = 4  # so many are multiplied within the time loop; more, in one product before it
-
-
-def operands(dtype: torch.dtype) -> torch.dtype:
-    """What the recurrent products multiply, by the setting that torch.nn.LSTM obeys.
-
-    fp16 has tf32's mantissa, states and weights fit its range, gradients are scaled into it.
-    """
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "ieee"  # type: ignore[attr-defined]
-    return torch.float16 if tf32 else dtype
+from skiprnn.model.engines.triton import parts, resident, streamed
+from skiprnn.model.engines.triton.launch import FEW_INPUTS, TILE, columns, fits_chip, operands, padded
 
 
 class _Sizes:
@@ -34,22 +21,25 @@ class _Sizes:
     def __init__(self, problem: Problem):
         self.gates, self.entries, self.hidden = problem.gates, problem.entries, problem.hidden
         self.runs, self.batch, self.steps, self.inputs = problem.x.shape
-        self.layers, self.width = len(self.hidden), triton.cdiv(max(self.hidden), TILE) * TILE
+        self.layers, self.width = len(self.hidden), padded(max(self.hidden))
         self.columns = self.gates + (problem.policy == "selective")
-        block = triton.next_power_of_2(self.width)
-        resident = self.layers == 1 and self.gates * block**2 * operands(problem.x.dtype).itemsize <= ON_CHIP
+        self.operands = operands(problem.x.dtype)
+        self.resident = fits_chip(self.gates, self.layers, self.width, self.operands)
         self.options: dict[str, Any] = {
             "LSTM": problem.cell == "lstm",
             "POLICY": problem.policy,
             "H": self.hidden[-1],
             "W": self.width,
-            "L": self.layers,
             "TILE": TILE,
-            "BLOCK": block if resident else min(BLOCK, block),
-            "RESIDENT": resident,
-            "num_warps": 8 if resident else 4,
-            "num_stages": 1,
+            "BLOCK": columns(self.width, self.operands, self.resident),
+            "num_warps": 8,
+            "num_stages": 1 if self.resident else 3,
+            "enable_fp_fusion": True,  # multiply and add in one instruction; the default differs between Tritons
         }
+        if torch.version.hip is None:
+            self.options["maxnreg"] = 255  # occupancy is not what limits: better more registers than spills
+        if not self.resident:
+            self.options["L"] = self.layers
         self.grid = (triton.cdiv(self.batch, TILE), self.runs)
         rows = (self.runs, self.layers, self.steps, self.batch)
         self.states = (self.runs, self.layers, self.steps + 1, self.batch, self.width)
@@ -78,7 +68,7 @@ def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
         (sizes.runs, 2, sizes.batch) if skip else (0,),
         (*rows, sizes.hidden[-1]) if problem.by_neuron else tuple(rows),
         (sizes.saved() if save else 0,),
-        (sizes.runs, 3, sizes.steps, sizes.batch) if skip and save else (0,),
+        (sizes.runs, sizes.steps, 3, sizes.batch) if skip and save else (0,),
         (0,),
     ]
 
@@ -115,21 +105,24 @@ def _input_weights(sizes: _Sizes, policy: str, weights, policy_weights) -> tuple
     return x_weight, bias
 
 
-def _widened(parts: Sequence[Tensor], sizes: _Sizes, into: Tensor) -> Tensor:
+def _widened(tensors: Sequence[Tensor], sizes: _Sizes, into: Tensor) -> Tensor:
     """One tensor (R, B, H) per layer -> into (R, L, B, W)."""
-    for layer, part in enumerate(parts):
-        into[:, layer, :, : part.shape[-1]] = part
+    for layer, tensor in enumerate(tensors):
+        into[:, layer, :, : tensor.shape[-1]] = tensor
     return into
 
 
-def _policy_arguments(sizes: _Sizes, policy: str, policy_weights) -> tuple[Tensor | None, ...]:
-    """w_p (R, W), b_p, w_u (R, W), slope, None where the policy has none."""
+def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weights:
+    """All weights as the kernels read them."""
+    of_h, of_below = _recurrent_weights(sizes, weights, sizes.operands)
+    of_x, bias = _input_weights(sizes, policy, weights, policy_weights)
     more = sizes.width - sizes.hidden[-1]
+    w_p = b_p = w_u = slope = None
     if policy == "skip":
-        return torch.nn.functional.pad(policy_weights[0], (0, more)), policy_weights[1].contiguous(), None, None
+        w_p, b_p = torch.nn.functional.pad(policy_weights[0], (0, more)), policy_weights[1].contiguous()
     if policy == "selective":
-        return None, None, torch.nn.functional.pad(policy_weights[1], (0, more)), policy_weights[3].contiguous()
-    return None, None, None, None
+        w_u, slope = torch.nn.functional.pad(policy_weights[1], (0, more)), policy_weights[3].contiguous()
+    return parts.Weights(of_x, bias, of_h, of_below, w_p, b_p, w_u, slope)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -141,64 +134,39 @@ def forward(problem: Problem, save: bool) -> Outputs:
     _, _, policy, x, states, weights, gate, policy_weights, draw, lengths = problem
     sizes, expected = _Sizes(problem), shapes(problem, save)
     output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(shape) for shape in expected)
-    weight, input_weight = _recurrent_weights(sizes, weights, operands(x.dtype))
-    x_weight, bias = _input_weights(sizes, policy, weights, policy_weights)
+    laid_out = _weights(sizes, policy, weights, policy_weights)
     few = sizes.inputs <= FEW_INPUTS
-    slots = sizes.steps + 1
-    if save:
-        h, c, pre = sizes.split(saved)
-    else:
-        slots = 1 if sizes.options["RESIDENT"] else slots
-        h, c = x.new_empty(2, sizes.runs, sizes.layers, slots, sizes.batch, sizes.width)
-        pre = x.new_empty(0 if few else sizes.pre)
+    nothing = x.new_empty(0)
+    h, c, pre = sizes.split(saved) if save else (nothing, nothing, nothing if few else x.new_empty(sizes.pre))
     if not few:
         rows = x.transpose(1, 2).reshape(sizes.runs, -1, sizes.inputs)
-        product = torch.baddbmm(bias[:, 0].flatten(1).unsqueeze(1), rows, x_weight.flatten(2))
+        product = torch.baddbmm(laid_out.bias[:, 0].flatten(1).unsqueeze(1), rows, laid_out.of_x.flatten(2))
         pre[:, 0] = product.view(pre[:, 0].shape)
-    for entry, buffer in zip(range(sizes.entries), (h, c), strict=False):
+    now, last = [h, c], sizes.steps
+    if sizes.resident or not save:
+        slots = 1 if sizes.resident else 2
+        now = list(x.new_empty(2, sizes.runs, sizes.layers, slots, sizes.batch, sizes.width))
+        last = sizes.steps % slots
+    for entry, buffer in zip(range(sizes.entries), now, strict=False):
         _widened(states[entry :: sizes.entries], sizes, buffer[:, :, 0].zero_())
     if policy == "skip":
         last_gate.copy_(torch.stack(list(gate), 1))
-    w_p, b_p, w_u, slope = _policy_arguments(sizes, policy, policy_weights)
-    alone = sizes.options["RESIDENT"]
-    scratch = x.new_empty(0 if alone else (sizes.layers + 1) * sizes.runs * sizes.batch * sizes.width)
-    candidate, reset = scratch.tensor_split([scratch.numel() // (sizes.layers + 1) * sizes.layers])
-    kernels.forward[sizes.grid](
-        x.contiguous(),
-        x_weight,
-        bias,
-        weight,
-        input_weight,
-        w_p,
-        b_p,
-        w_u,
-        slope,
-        _contiguous(draw),
-        _contiguous(lengths),
-        pre,
-        h,
-        c,
-        candidate,
-        reset,
-        saved_gate,
-        last_gate,
-        output,
-        updates,
-        sizes.batch,
-        sizes.steps,
-        slots,
-        sizes.width,
-        INPUTS=sizes.inputs,
-        SAVE=save,
-        PROJECTED=not few,
-        **sizes.options,
-    )
-    last = [
-        buffer[:, layer, -1, :, :hidden].flatten(1)
+    inputs = parts.Inputs(x.contiguous(), _contiguous(draw), _contiguous(lengths))
+    arguments = inputs, laid_out, *now, last_gate, parts.Saved(pre, h, c, saved_gate), output, updates
+    options = {**sizes.options, "INPUTS": sizes.inputs if few else 0, "SAVE": save}
+    if sizes.resident:
+        resident.forward[sizes.grid](*arguments, sizes.batch, sizes.steps, **options)
+    else:
+        candidates, reset = x.new_empty(sizes.runs * (sizes.layers + 1), sizes.batch, sizes.width).split(
+            [sizes.runs * sizes.layers, sizes.runs]
+        )
+        streamed.forward[sizes.grid](*arguments, candidates, reset, sizes.batch, sizes.steps, sizes.width, **options)
+    final = [
+        buffer[:, layer, last, :, :hidden].flatten(1)
         for layer, hidden in enumerate(sizes.hidden)
-        for buffer in (h, c)[: sizes.entries]
+        for buffer in now[: sizes.entries]
     ]
-    return Outputs(output, torch.cat(last, 1), last_gate, updates, saved, saved_gate, projected)
+    return Outputs(output, torch.cat(final, 1), last_gate, updates, saved, saved_gate, projected)
 
 
 def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
@@ -208,7 +176,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     d_output, d_final, d_gate, d_updates = arriving
     sizes = _Sizes(problem)
     h, c, pre = sizes.split(saved)
-    weight, input_weight = _recurrent_weights(sizes, weights, operands(x.dtype))
+    laid_out = _weights(sizes, policy, weights, policy_weights)
     d_h, d_c = x.new_zeros(2, sizes.runs, sizes.layers, sizes.batch, sizes.width)
     if d_final is not None:
         lengths_of = [sizes.batch * hidden for hidden in sizes.hidden for _ in range(sizes.entries)]
@@ -220,33 +188,13 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     skip = policy == "skip"
     d_last_gate = x.new_zeros(sizes.runs, 2, sizes.batch) if d_gate is None else d_gate.clone()
     d_logit = x.new_empty(sizes.runs, sizes.steps, sizes.batch) if skip else x.new_empty(0)
-    w_p, _, w_u, slope = _policy_arguments(sizes, policy, policy_weights)
-    kernels.backward[sizes.grid](
-        weight,
-        input_weight,
-        w_p,
-        w_u,
-        slope,
-        _contiguous(lengths),
-        updates,
-        pre,
-        h,
-        c,
-        saved_gate,
-        _contiguous(d_output),
-        _contiguous(d_updates),
-        d_pre,
-        d_h,
-        d_c,
-        x.new_empty(sizes.runs, sizes.batch, sizes.width),
-        d_last_gate,
-        d_logit,
-        reset,
-        sizes.batch,
-        sizes.steps,
-        sizes.width,
-        **sizes.options,
-    )
+    gradients = parts.Gradients(_contiguous(d_output), _contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
+    arguments = _contiguous(lengths), laid_out, parts.Saved(pre, h, c, saved_gate), updates, gradients, reset
+    if sizes.resident:
+        resident.backward[sizes.grid](*arguments, sizes.batch, sizes.steps, **sizes.options)
+    else:
+        below = x.new_empty(sizes.runs, sizes.batch, sizes.width)
+        streamed.backward[sizes.grid](*arguments, below, sizes.batch, sizes.steps, sizes.width, **sizes.options)
     found: list[Tensor] = []
     for layer, hidden in enumerate(sizes.hidden):
         for into in (d_h, d_c)[: sizes.entries]:
@@ -263,10 +211,8 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         found += [d_input_policy, d_state, d_u.sum((1, 2)), torch.zeros_like(policy_weights[3])]
     d_x = x.new_empty(0)
     if needs_input:
-        x_weight, _ = _input_weights(sizes, policy, weights, policy_weights)
-        d_x = torch.bmm(
-            d_pre[:, 0].reshape(sizes.runs, -1, x_weight[0, 0].numel()), x_weight.flatten(2).transpose(1, 2)
-        )
+        of_x = laid_out.of_x.flatten(2)
+        d_x = torch.bmm(d_pre[:, 0].reshape(sizes.runs, -1, of_x.shape[2]), of_x.transpose(1, 2))
         d_x = d_x.view(sizes.runs, sizes.steps, sizes.batch, -1).transpose(1, 2).contiguous()
     own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
     return Gradients.of([d_x, *own], problem)
