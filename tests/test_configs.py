@@ -101,7 +101,7 @@ def test_every_row_of_every_experiment_trains_one_step(experiment, row, data_or_
     [
         (["model=random_skip_lstm", "model.p_skip=1.5"], r"model.p_skip=1.5: a probability lies in \[0, 1\]"),
         (["+model.p_skip=0.5"], "policy skip draws nothing"),
-        (["model.cost_per_sample=-1e-4"], "model.cost_per_sample=-0.0001: λ must not be negative"),
+        (["model.cost_per_sample=-1e-4"], "model.cost_per_sample=-0.0001: λ must be finite and not negative"),
         (["model.cell=rnn"], "model.cell=rnn: there are lstm, gru"),
         (["model.hidden_size=0"], "model.hidden_size=0: must be at least 1"),
         (["training.epochs=many"], "training.epochs: Value 'many'"),
@@ -170,7 +170,7 @@ def test_what_shows_only_with_the_data_is_named(small_run):
 def test_command_line_shows_one_line_and_no_traceback(tmp_path):
     done = command("model.cost_per_sample=-1", f"output={tmp_path}")
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: model.cost_per_sample=-1.0: λ must not be negative"
+    assert done.stderr.strip() == "error: model.cost_per_sample=-1.0: λ must be finite and not negative"
 
 
 def test_missing_data_names_both_ways_out(tmp_path, monkeypatch, small_run):

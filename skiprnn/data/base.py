@@ -8,11 +8,13 @@ Shapes: B batch, N examples, T steps, I input.
 
 import hashlib
 import http.client
+import math
 import os
 import shutil
 import tempfile
 import urllib.parse
 import urllib.request
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +24,11 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 MIRROR = "SKIPRNN_MIRROR"  # environment variable: a folder or URL that holds mnist/..., imdb/... and so on
+PACKED = 1032  # bytes that one byte of a compressed file can stand for, at most
 TIMEOUT = 10  # seconds without a sign of life after which a source counts as unreachable
 STREAMS = ("train", "validation", "test", "embeddings")  # independent streams of a seed, by position: only append
 
@@ -282,6 +286,25 @@ def fetch(root: Path, *files: Source, advice: str = "connect to the internet") -
         f"cannot get {name}: {advice}, or set {MIRROR} to a folder or URL that holds {name}."
         f"{' Tried:' if failures else ''}{''.join(failures)}"
     )
+
+
+def read_npz(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of an .npz file. Room is made for what a header says: so it is compared with the file's size before.
+
+    Raises:
+        ValueError, OSError, KeyError, zipfile.BadZipFile, zlib.error: it is damaged, or holds something else.
+    """
+    most = path.stat().st_size * PACKED
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy") as content:
+                version = npy.read_magic(content)
+                header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = header(content)
+                if dtype.hasobject or math.prod(shape) * dtype.itemsize > most:
+                    raise ValueError(f"{name} says it has shape {shape} of {dtype}, more than the file can hold")
+    with np.load(path) as stored:
+        return [stored[name] for name in names]
 
 
 def verify(path: Path, file: Source, remedy: str) -> None:

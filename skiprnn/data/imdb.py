@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from skiprnn.data.base import MIRROR, DataError, Source, Split, StoredData, fetch, replacing, seeded
+from skiprnn.data.base import MIRROR, PACKED, DataError, Source, Split, StoredData, fetch, read_npz, replacing, seeded
 
 OFFICIAL = Source(
     "imdb/aclImdb_v1.tar.gz",
@@ -173,8 +173,7 @@ class IMDb(StoredData):
         return text.lower() if self.lowercase else text
 
     def read(self) -> dict[str, Split]:
-        with np.load(self.tokens_file) as stored:
-            tokens, ends, labels = stored["tokens"], stored["ends"], torch.from_numpy(stored["labels"]).long()
+        tokens, ends, labels = self._stored()
         inputs = np.full((len(ends), self.steps), PADDING, dtype=np.int64)
         lengths = np.empty(len(ends), dtype=np.int64)
         for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -183,17 +182,33 @@ class IMDb(StoredData):
             inputs[row, place] = review
             lengths[row] = max(1, len(review))  # a review without a token is one step of padding
         parts = list(self.examples.values())
-        columns = [torch.from_numpy(inputs).split(parts), labels.split(parts), torch.from_numpy(lengths).split(parts)]
+        columns = [torch.from_numpy(column).split(parts) for column in (inputs, labels.astype(np.int64), lengths)]
         return {
             name: Split(x, y, valid if self.mask_padding else None)
             for name, x, y, valid in zip(self.examples, *columns, strict=True)
         }
 
+    def _stored(self) -> list[np.ndarray]:
+        """Tokens (tokens,), ends and labels (reviews,), checked.
+
+        Raises:
+            DataError: the file is damaged, or holds something else.
+        """
+        try:
+            tokens, ends, labels = read_npz(self.tokens_file, "tokens", "ends", "labels")
+            reviews = sum(self.examples.values())
+            whole = (ends[0] >= 0) & (ends[-1] == len(tokens)) & (np.diff(ends) >= 0).all()
+            known = (tokens >= 0).all() & (tokens < self.vocabulary_size).all() & np.isin(labels, (0, 1)).all()
+            if not (whole and known and ends.shape == labels.shape == (reviews,)):
+                raise ValueError(f"it should hold {reviews} reviews of token ids below {self.vocabulary_size}")
+        except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self.tokens_file} is damaged ({error}); delete it to make it again") from None
+        return [tokens, ends, labels]
+
     def words(self) -> list[str]:
         """The vocabulary: the word of every token id, the special ones first."""
         self.prepare()
-        with np.load(self.tokens_file) as stored:
-            return stored["words"].tobytes().decode().split("\n")
+        return read_npz(self.tokens_file, "words")[0].tobytes().decode().split("\n")
 
     def embeddings(self, width: int = 300) -> Tensor:
         """Where the embedding starts: (vocabulary_size, width) float32.
@@ -210,6 +225,7 @@ class IMDb(StoredData):
         try:
             from gensim.models import KeyedVectors  # here, for it is slow to import and seldom wanted
 
+            check_vectors(Path(self.vectors))
             known = KeyedVectors.load_word2vec_format(self.vectors, binary=".bin" in Path(self.vectors).suffixes)
         except ModuleNotFoundError:
             raise DataError("data.vectors needs gensim: pip install 'skiprnn[text]'") from None
@@ -222,6 +238,16 @@ class IMDb(StoredData):
         for row, vector in rows:
             table[row] = torch.tensor(vector)
         return table
+
+
+def check_vectors(file: Path) -> None:
+    """Raises ValueError unless a word2vec file can hold what its first line says: room is made for so much."""
+    packed = file.suffix == ".gz"
+    with gzip.open(file) if packed else file.open("rb") as content:
+        words, width = map(int, content.readline(100).split())
+    least = words * width * (4 if ".bin" in file.suffixes else 2)
+    if words < 1 or width < 1 or least > file.stat().st_size * (PACKED if packed else 1):
+        raise ValueError(f"its first line says {words} words of width {width}, more than it can hold")
 
 
 def read_reviews(source: Path) -> dict[str, str]:
@@ -253,9 +279,9 @@ def read_reviews(source: Path) -> dict[str, str]:
 def is_complete(tokens_file: Path) -> bool:
     """Whether tokenised reviews are there and whole."""
     try:
-        with np.load(tokens_file) as stored:
-            return len(stored["labels"]) == len(stored["ends"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        labels, ends = read_npz(tokens_file, "labels", "ends")
+        return labels.shape == ends.shape
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         return False
 
 

@@ -4,6 +4,7 @@ The tensors are the network's, `rnn.*`, `readout.*` and, for text, `embedding.*`
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,33 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"checkpoint {path} is corrupt or no safetensors file ({error})") from None
     try:
         record = json.loads(metadata[KEY])
-        record["config"]["model"], tensors["rnn.layers.0.weight_ih"]
+        model = record["config"]["model"]
+        tensors["rnn.layers.0.weight_ih"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"checkpoint {path} was not written by skiprnn.publish") from None
+    check_sizes(path, model, tensors)
     return record, tensors
+
+
+def check_sizes(path: Path, model: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Raises ValueError unless a file's tensors have the sizes that its record says: whoever builds a network of these
+    sizes takes no more memory than the file has bytes.
+
+    Args:
+        path: the file.
+        model: what its record says of the model.
+        tensors: what it holds, by name.
+        prefix: of the network's tensors.
+    """
+    try:
+        said = model["num_layers"], model["hidden_size"]
+        weights = [tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}rnn.layers.")]
+        layers = {name.split(".")[-2] for name in tensors if name.endswith(".weight_hh")}
+        held = {(len(layers), tensors[f"{prefix}rnn.layers.{layer}.weight_hh"].shape[1]) for layer in layers}
+        embedding = tensors.get(f"{prefix}embedding.weight")
+        fits = embedding is None or embedding.shape[1] == model["embedding_size"]
+        sound = held == {said} and fits and all(weight.dim() for weight in weights)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"checkpoint {path} is damaged: its tensors have other sizes than its record says")

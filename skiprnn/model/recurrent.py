@@ -108,19 +108,26 @@ class Recurrent(nn.Module):
         """
         record, tensors = pretrained.read(Path(path))
         model = record["config"]["model"]
-        kind = CLASSES.get((model["cell"], model["policy"]), Recurrent)
-        if not issubclass(kind, cls):
-            raise ValueError(f"checkpoint {path} holds a {kind.__name__}: load it with {kind.__name__}.from_pretrained")
         weights = {name.removeprefix("rnn."): tensor for name, tensor in tensors.items() if name.startswith("rnn.")}
         names = ("cell", "policy", "hidden_size", "num_layers", "learn_initial_state", "p_skip")
-        rnn = kind.__new__(kind)  # a subclass's constructor only chooses cell and policy
-        given = {name: model[name] for name in names} | {"input_size": weights["layers.0.weight_ih"].shape[-1]}
-        Recurrent.__init__(rnn, **given, **options)
         try:
-            rnn.load_state_dict(weights)
+            kind = CLASSES.get((model["cell"], model["policy"]), Recurrent)
+            given = {name: model[name] for name in names} | {"input_size": weights["layers.0.weight_ih"].shape[1]}
+            if issubclass(kind, cls):
+                rnn = kind.__new__(kind)  # a subclass's constructor only chooses cell and policy
+                Recurrent.__init__(rnn, **given, **options)
+                rnn.load_state_dict(weights)
         except RuntimeError as error:
             differences = "; ".join(str(error).split("\n\t")[1:])
             raise ValueError(f"checkpoint {path} is of another architecture: {differences}") from None
+        except ValueError as error:
+            raise ValueError(f"checkpoint {path} cannot be loaded: {error}") from None
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"checkpoint {path} is damaged: {type(error).__name__} {error}") from None
+        if not issubclass(kind, cls):
+            raise ValueError(f"checkpoint {path} holds a {kind.__name__}: load it with {kind.__name__}.from_pretrained")
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError(f"checkpoint {path} holds weights that are nan or infinite: nothing to use")
         return rnn
 
     @property

@@ -3,9 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -44,9 +48,47 @@ ADDED = {
 RETIRED = {"layer_norm": False}  # former options of a model: every identity has them, at the only value that is left
 
 
+NAME = re.compile(r"\w[\w.+-]*")  # of what makes a folder's name
+LARGEST = {"hidden_size": 2**16, "num_layers": 2**10, "embedding_size": 2**16, "threads": 2**10, "batch_size": 2**24}
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _require_sizes(part: str, settings: Any, *names: str) -> None:
+    """Of settings that are None or a number from 1 on."""
+    for name in names:
+        value, largest = getattr(settings, name), LARGEST.get(name, 2**40)
+        _require(value is None or value >= 1, f"{part}{name}={value}: must be at least 1")
+        _require(value is None or value <= largest, f"{part}{name}={value}: must be at most {largest}")
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from a file has the type of a parameter; True where the annotation does not say."""
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if annotation in (int, bool, str):
+        return type(value) is annotation
+    return not isinstance(annotation, UnionType) or any(
+        value is None if kind is NoneType else fits(value, kind) for kind in annotation.__args__
+    )
+
+
+_types = cache(get_type_hints)
+
+
+def _of(kind: type, given: Any) -> Any:
+    """A config from what a file says.
+
+    Raises:
+        TypeError: an unknown or missing option, or a value of another type.
+    """
+    for name, value in dict(given).items():
+        if name in _types(kind) and not fits(value, _types(kind)[name]):
+            raise TypeError(f"{name}={value}")
+    return kind(**given)
 
 
 @dataclass
@@ -67,10 +109,12 @@ class ModelConfig:
     def __post_init__(self):
         _require(self.cell in CELLS, f"model.cell={self.cell}: there are {', '.join(CELLS)}")
         _require(self.policy in POLICIES, f"model.policy={self.policy}: there are {', '.join(POLICIES)}")
-        _require(self.hidden_size > 0, f"model.hidden_size={self.hidden_size}: must be at least 1")
-        _require(self.num_layers > 0, f"model.num_layers={self.num_layers}: must be at least 1")
-        _require(self.cost_per_sample >= 0, f"model.cost_per_sample={self.cost_per_sample}: λ must not be negative")
-        _require(self.embedding_size > 0, f"model.embedding_size={self.embedding_size}: must be at least 1")
+        _require(bool(NAME.fullmatch(self.name)), f"model.name={self.name}: letters, digits, _ . + and - make a name")
+        _require_sizes("model.", self, "hidden_size", "num_layers", "embedding_size")
+        _require(
+            0 <= self.cost_per_sample < math.inf,
+            f"model.cost_per_sample={self.cost_per_sample}: λ must be finite and not negative",
+        )
         _require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be in [0, 1)")
         draws = POLICIES[self.policy].draws
         _require(draws or self.p_skip is None, f"model.p_skip: policy {self.policy} draws nothing; remove it")
@@ -97,9 +141,10 @@ class TrainingConfig:
     evaluation_batches: int | None = None  # of validation and test; None: all
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "learning_rate", "gradient_clip", "train_batches", "evaluation_batches"):
+        _require_sizes("training.", self, "epochs", "batch_size", "train_batches", "evaluation_batches")
+        for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"training.{name}={value}: must be positive")
+            _require(0 < value < math.inf, f"training.{name}={value}: must be positive and finite")
         _require(
             0 <= self.cost_free_epochs < self.epochs,
             f"training.cost_free_epochs={self.cost_free_epochs}: must be at least 0 and below epochs={self.epochs}",
@@ -136,8 +181,13 @@ class RunConfig:
     def __post_init__(self):
         _require(self.engine in ("auto", *ENGINES), f"engine={self.engine}: there are auto, {', '.join(ENGINES)}")
         _require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: there are auto, cpu, cuda")
-        _require(self.pack is None or self.pack > 0, f"pack={self.pack}: must be at least 1")
-        _require(self.threads is None or self.threads > 0, f"threads={self.threads}: must be at least 1")
+        _require_sizes("", self, "pack", "threads")
+        _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        name = self.data.get("name")
+        _require(
+            isinstance(name, str) and bool(NAME.fullmatch(name)),
+            f"data.name={name}: letters, digits, _ . + and - make a name",
+        )
 
     @classmethod
     def of(cls, identity: dict[str, Any], **settings: Any) -> "RunConfig":
@@ -147,13 +197,15 @@ class RunConfig:
             ConfigError: another version's.
         """
         try:
-            model, training = (
-                ModelConfig(**_without_retired(dict(identity["model"]))),
-                TrainingConfig(**identity["training"]),
-            )
+            model = _of(ModelConfig, _without_retired(dict(identity["model"])))
+            training = _of(TrainingConfig, identity["training"])
+            if not isinstance(identity["data"], dict) or not fits(identity["seed"], int):
+                raise TypeError("data or seed")
             return cls(identity["data"], model, training, identity["seed"], **settings)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"a run of another version of skiprnn: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"a run of another version of skiprnn, or a damaged one: {error}") from None
 
     @property
     def identity(self) -> dict[str, Any]:

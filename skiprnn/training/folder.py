@@ -302,6 +302,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ConfigError(f"checkpoint {path} is {reason}; delete it to begin anew") from None
     if not isinstance(checkpoint, dict) or not {"state_dict", "run"} <= checkpoint.keys():
         raise ConfigError(f"checkpoint {path} was not written by skiprnn.train")
+    try:
+        pretrained.check_sizes(path, dict(checkpoint["run"])["model"], checkpoint["state_dict"], "network.")
+    except (ValueError, KeyError, TypeError):
+        reason = "its tensors have other sizes than it says of its run"
+        raise ConfigError(f"checkpoint {path} is damaged: {reason}; delete it to begin anew") from None
     return checkpoint
 
 
@@ -313,7 +318,7 @@ def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: Path
     """
     try:
         module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         differences = " ".join(str(error).split("\n\t")[1:]) or str(error)
         raise ConfigError(f"checkpoint {path} is of another architecture: {differences.strip()}") from None
 

@@ -3,6 +3,7 @@
 The only place that instantiates what a config names.
 """
 
+import inspect
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytorch_lightning as lightning
 import torch
+import yaml
 from hydra.utils import get_class, instantiate
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
@@ -25,7 +27,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from skiprnn.data.base import DataError, SequenceData
 from skiprnn.training import provenance, wandb_page
-from skiprnn.training.config import ConfigError, DivergedError, RunConfig
+from skiprnn.training.config import ConfigError, DivergedError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, StorageError, load_weights, read_checkpoint
 from skiprnn.training.keeper import RunKeeper
 from skiprnn.training.module import SequenceModule, SideBySide, evaluate
@@ -72,6 +74,24 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
+def data_class(run: RunConfig) -> type[SequenceData]:
+    """The class of a run's data set: one that conf/data/*.yaml names, the package's or that beside the command.
+
+    What a checkpoint or a record says is no reason to import anything.
+
+    Raises:
+        ConfigError: none of them names it, or it is not there.
+    """
+    target = run.data.get("_target_")
+    files = [file for folder in (packaged("conf"), Path("conf")) for file in folder.glob("data/*.yaml")]
+    if target not in (yaml.safe_load(file.read_text())["_target_"] for file in files):
+        raise ConfigError(f"data={run.data['name']}: no conf/data/*.yaml has the _target_ {target}")
+    try:
+        return get_class(str(target))
+    except Exception as error:  # whatever a user's own file does when it is imported
+        raise ConfigError(f"data={run.data['name']}: {str(error).splitlines()[0]}") from None
+
+
 def make_data(run: RunConfig) -> SequenceData:
     """The data set of a run, not yet loaded.
 
@@ -79,9 +99,16 @@ def make_data(run: RunConfig) -> SequenceData:
         ConfigError: an argument that the data class does not have, or that cannot work.
     """
     arguments = {key: value for key, value in run.data.items() if key not in ("_target_", "name")}
+    kind = data_class(run)
+    known = inspect.signature(kind).parameters
     try:
-        data_class = get_class(run.data["_target_"])
-        return data_class(**arguments, batch_size=run.training.batch_size, seed=run.seed, root=run.data_root)
+        for name, value in arguments.items():
+            if name in known and not fits(value, known[name].annotation):
+                wanted = getattr(known[name].annotation, "__name__", known[name].annotation)
+                raise ConfigError(f"data.{name}={value}: must be {wanted}")
+        return kind(**arguments, batch_size=run.training.batch_size, seed=run.seed, root=run.data_root)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"data={run.data['name']}: {error}") from None
 
@@ -118,8 +145,21 @@ def load(path: Path, **place: Any) -> SequenceModule:
         ConfigError, DataError: no such checkpoint, one of another architecture, or data that is missing.
     """
     checkpoint = read_checkpoint(path)
-    module = make_module(RunConfig.of(checkpoint["run"], **place))
+    run = RunConfig.of(checkpoint["run"], **place)
+    root = Path(run.data_root).resolve()
+    for name, value in run.data.items():
+        if isinstance(value, str) and ("://" in value or not (root / value).resolve().is_relative_to(root)):
+            raise ConfigError(
+                f"checkpoint {path}: data.{name}={value} is no place in the data folder {run.data_root}; "
+                "give data_root=FOLDER that holds it"
+            )
+    embedding, words = checkpoint["state_dict"].get("network.embedding.weight"), run.data.get("vocabulary_size")
+    if embedding is not None and len(embedding) != words:
+        raise ConfigError(f"checkpoint {path} is damaged: it holds {len(embedding)} words and says {words}")
+    module = make_module(run)
     load_weights(module, checkpoint, path)
+    if not all(parameter.isfinite().all() for parameter in module.parameters()):
+        raise ConfigError(f"checkpoint {path} holds weights that are nan or infinite: there is nothing to measure")
     return module.eval()
 
 

@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from skiprnn.data.base import DataError
+from skiprnn.data.base import DataError, read_npz
 from skiprnn.data.ucf101.store import FPS, FRAMES, SECONDS, appending
 
 
@@ -228,11 +228,10 @@ def convert(features: Path, store: Path, backbone: str = "mobilenet_v2", dtype: 
             clips = [
                 (row["clip"], row["class"], int(row["first_row"]), int(row["frames"])) for row in csv.DictReader(table)
             ]
-        scale = np.load(features / "scale.npy")
+        scale = np.array(np.load(features / "scale.npy", mmap_mode="r"))
         parts = []
         for path in sorted(features.glob("features_u8_*.npz"), key=lambda path: int(path.stem.rpartition("_")[2])):
-            with np.load(path) as part:
-                parts.append(part["x"])
+            parts += read_npz(path, "x")
         rows = np.concatenate(parts)
         needed = max(first + frames for _, _, first, frames in clips)
         if len(rows) < needed or rows.shape[1:] != scale.shape:

@@ -44,7 +44,9 @@ class FeatureStore:
         try:
             self.origin: dict[str, str | int] = json.loads((folder / "store.json").read_text("utf-8"))
             self.clips = read_index(folder / "index.csv")
-            self.features = np.load(folder / "features.npy", mmap_mode="r")
+            self.features = np.load(folder / "features.npy", mmap_mode="r")  # checks the size that it says
+            if not isinstance(self.origin, dict) or self.features.ndim != 2:
+                raise ValueError(f"store.json is no object, or features.npy is of shape {self.features.shape}")
         except FileNotFoundError as error:
             raise DataError(
                 f"no feature store in {folder} ({error.filename} is missing); make it with "

@@ -1,0 +1,273 @@
+"""Files from strangers are data: nothing that they name is imported, followed, interpolated or believed of its size."""
+
+import copy
+import json
+import sys
+import zipfile
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose, trained
+
+from skiprnn import evaluate, publish
+from skiprnn.data.base import DataError, read_npz
+from skiprnn.data.imdb import IMDb
+from skiprnn.data.ucf101.store import FeatureStore
+from skiprnn.model import pretrained
+from skiprnn.model.recurrent import Recurrent
+from skiprnn.training import config
+from skiprnn.training.config import ConfigError
+from skiprnn.training.folder import RunFolder
+from skiprnn.training.job import load, make_data
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """A run's best.ckpt, and the published file of the same weights."""
+    folder = tmp_path_factory.mktemp("honest")
+    small = ["model=skip_lstm", "model.hidden_size=6", "training.epochs=1", "training.batch_size=256", "device=cpu"]
+    run = config.read(compose([*small, "threads=1", f"output={folder}"]))
+    trained(run)
+    return RunFolder(run).best, publish.export(RunFolder(run), folder)
+
+
+@pytest.fixture(params=["ckpt", "safetensors"])
+def forged(request, honest, tmp_path):
+    """A function: what is changed in the identity and in the tensors -> such a file, of either kind."""
+
+    def forge(change=lambda identity: None, of_tensors=lambda tensors: None) -> Path:
+        checkpoint, published = honest
+        file = tmp_path / f"forged.{request.param}"
+        if request.param == "ckpt":
+            content = torch.load(checkpoint, weights_only=True)
+            change(content["run"])
+            of_tensors(content["state_dict"])
+            torch.save(content, file)
+        else:
+            record, tensors = copy.deepcopy(pretrained.read(published))
+            change(record["config"])
+            of_tensors(tensors)
+            file.write_bytes(pretrained.serialise(record, tensors))
+        return file
+
+    return forge
+
+
+def put(place: str, value):
+    """A change: the value at a place such as data.name."""
+
+    def change(identity):
+        *above, last = place.split(".")
+        reduce(dict.__getitem__, above, identity)[last] = value
+
+    return change
+
+
+def refused(file: Path, *place: str) -> str:
+    """The one line with which evaluating it is refused."""
+    with pytest.raises(SystemExit) as left:
+        evaluate.main([f"checkpoint={file}", "device=cpu", "repetitions=1", *place])
+    said = str(left.value.code)
+    assert said.startswith("error: "), said
+    assert "\n" not in said
+    return said
+
+
+def test_an_honest_file_of_either_kind_is_evaluated(forged):
+    assert load(forged(), device="cpu").network.rnn.hidden_size == 6
+
+
+def test_what_it_names_is_not_imported(forged, tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('acted').touch()\nData = list\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert "no conf/data/*.yaml has the _target_ planted.Data" in refused(forged(put("data._target_", "planted.Data")))
+    assert not (tmp_path / "acted").exists()
+    assert "planted" not in sys.modules
+
+
+def test_what_it_names_is_not_called(forged, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("everything")
+
+    def change(identity):
+        identity["data"] = {"name": "x", "_target_": "logging.FileHandler", "filename": str(precious), "mode": "w"}
+
+    refused(forged(change))
+    assert precious.read_text() == "everything"
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        ("imdb", "http://127.0.0.1:9/${oc.env:SECRET}.bin"),
+        ("imdb", "/etc/hostname"),
+        ("imdb", "../../vectors.bin"),
+        ("ucf101", "../store"),
+    ],
+)
+def test_no_url_and_no_place_outside_the_data_folder_is_followed(forged, data, value, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    key = {"imdb": "vectors", "ucf101": "store"}[data]
+    settings = config.read(compose([f"data={data}", f"profile={data}/smoke"])).data | {key: value}
+    said = refused(forged(put("data", settings)), f"data_root={tmp_path / 'data'}")
+    assert f"data.{key}={value} is no place in the data folder" in said
+    assert "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("model.num_layers", 10**9),
+        ("model.num_layers", 2),
+        ("model.hidden_size", 60_000),
+        ("model.hidden_size", "6"),
+        ("model.hidden_size", 6.0),
+        ("model.num_layers", None),
+        ("model.cell", "mystery"),
+        ("model.policy", 3),
+        ("model.cost_per_sample", float("nan")),
+        ("model.cost_per_sample", "0"),
+        ("model.colour", "red"),
+        ("model.name", "../../x"),
+        ("model", []),
+        ("model", None),
+        ("training", {}),
+        ("training.batch_size", 10**18),
+        ("training.epochs", "many"),
+        ("data.name", "../../x"),
+        ("data", "digits"),
+        ("data.drop_last", "yes"),
+        ("data.colour", "red"),
+        ("data.batch_size", 3),
+        ("seed", -1),
+        ("seed", "0"),
+    ],
+)
+def test_what_it_says_of_its_run_is_checked(forged, place, value):
+    refused(forged(put(place, value)))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors: tensors.clear(),
+        lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("weight_hh"))),
+        lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("weight_ih"))),
+        lambda tensors: tensors.update({name: torch.tensor(1.0) for name in tensors}),
+        lambda tensors: tensors.update({name: tensor[..., :1] for name, tensor in tensors.items() if tensor.dim()}),
+        lambda tensors: tensors.update({"rnn.layers.7.weight_hh": torch.ones(4, 6)}),
+        lambda tensors: tensors.update({name: tensor * float("nan") for name, tensor in tensors.items()}),
+    ],
+    ids=["empty", "no weight_hh", "no weight_ih", "scalars", "narrow", "a layer more", "nan"],
+)
+def test_tensors_that_are_not_the_network_s_are_refused(forged, spoil):
+    refused(forged(of_tensors=spoil))
+
+
+def change_record(published: Path, target: Path, change) -> Path:
+    record, tensors = copy.deepcopy(pretrained.read(published))
+    change(record, tensors)
+    target.write_bytes(pretrained.serialise(record, tensors))
+    return target
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record, tensors: record["config"]["model"].update(num_layers=10**9),
+        lambda record, tensors: record["config"]["model"].update(hidden_size=10**9),
+        lambda record, tensors: record["config"]["model"].pop("cell"),
+        lambda record, tensors: record["config"]["model"].update(cell=["lstm"]),
+        lambda record, tensors: record["config"]["model"].update(p_skip="often"),
+        lambda record, tensors: record["config"].update(model="lstm"),
+        lambda record, tensors: record.clear(),
+        lambda record, tensors: tensors.update({"rnn.layers.0.weight_ih": torch.tensor(3.0)}),
+        lambda record, tensors: tensors.update({"rnn.layers.0.weight_ih": torch.ones(24)}),
+        lambda record, tensors: tensors.update({name: tensor / 0 for name, tensor in tensors.items()}),
+    ],
+)
+def test_from_pretrained_says_in_one_line_what_is_wrong(honest, tmp_path, change):
+    file = change_record(honest[1], tmp_path / "x.safetensors", change)
+    with pytest.raises(ValueError, match=r"checkpoint .*x\.safetensors ") as raised:
+        Recurrent.from_pretrained(file)
+    assert "\n" not in str(raised.value)
+
+
+def huge_npz(file: Path) -> None:
+    """An .npz whose array says that it holds 8 TB."""
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (2000000000000,), }"
+    header = header.ljust(117) + b"\n"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("ends.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+
+
+def test_arrays_are_not_believed_to_be_larger_than_their_file(tmp_path):
+    huge_npz(tmp_path / "huge.npz")
+    with pytest.raises(ValueError, match=r"says it has shape \(2000000000000,\)"):
+        read_npz(tmp_path / "huge.npz", "ends")
+
+
+@pytest.mark.parametrize("name", ["vectors.bin", "vectors.txt"])
+def test_vectors_are_not_believed_to_be_more_than_their_file(tmp_path, name):
+    pytest.importorskip("gensim")
+    (tmp_path / name).write_bytes(b"1000000000 300\nword 1 2 3")
+    data = IMDb(vectors=str(tmp_path / name), root=str(tmp_path), vocabulary_size=3)
+    with pytest.raises(DataError, match="1000000000 words of width 300, more than it can hold"):
+        data.embeddings(300)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"tokens": np.array([1, 2, 9], np.int32)},
+        {"tokens": np.array([1, 2, -1], np.int32)},
+        {"labels": np.array([0, 1, 2, 1])},
+        {"ends": np.array([1, 2])},
+        {"ends": np.array([1, 0, 2, 3])},
+        {"ends": np.array([[1]])},
+        {"tokens": np.array(["a", "b", "c"])},
+    ],
+    ids=["id too large", "id below 0", "a third class", "reviews missing", "ends fall", "two dimensions", "words"],
+)
+def test_token_files_are_checked(tmp_path, spoiled):
+    data = IMDb(length=2, vocabulary_size=9, reviews_per_class=1, root=str(tmp_path))
+    data.tokens_file.parent.mkdir()
+    sound = {"tokens": np.array([1, 2, 8], np.int32), "ends": np.array([1, 1, 2, 3]), "labels": np.array([0, 1, 0, 1])}
+    np.savez(data.tokens_file, **sound)
+    assert len(data.read()["test"].targets) == 2
+    np.savez(data.tokens_file, **sound | spoiled)
+    with pytest.raises(DataError, match=r"tokenised-.*npz is damaged .*; delete it to make it again"):
+        data.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("store.json", b"[]"), ("features.npy", b"nothing"), ("index.csv", b"a,b,c,d\n")]
+)
+def test_feature_stores_are_checked(tmp_path, name, content):
+    (tmp_path / "store.json").write_text(json.dumps({"width": 2}))
+    (tmp_path / "index.csv").write_text("v_A_g01_c01,A,0,3\n")
+    np.save(tmp_path / "features.npy", np.zeros((3, 2), np.float16))
+    assert FeatureStore(tmp_path).width == 2
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"is corrupt .*; delete it and make it again"):
+        FeatureStore(tmp_path)
+
+
+def test_a_data_set_of_ones_own_is_known_by_its_config(tmp_path, monkeypatch):
+    """conf/data/*.yaml where the command is started names it: what a file says then is no news."""
+    own = compose(["data=digits"])
+    (tmp_path / "mine.py").write_text("from skiprnn.data.digits import SequentialDigits as Mine\n")
+    own.data._target_ = "mine.Mine"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no conf/data/\*.yaml has the _target_ mine.Mine"):
+        make_data(config.read(own))
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text("name: mine\n_target_: mine.Mine\n")
+    assert type(make_data(config.read(own))).__name__ == "SequentialDigits"
