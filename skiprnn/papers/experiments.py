@@ -70,8 +70,7 @@ class PlannedRun:
 
 
 def load(name: str) -> Experiment:
-    """Read experiments/NAME.yaml, ours or the user's own. `rows_of` takes the rows of another one without its published
-    numbers.
+    """Read experiments/NAME.yaml, ours or the user's own.
 
     Raises:
         ConfigError: no such file, or published deviations of an unknown number of runs.
@@ -81,12 +80,9 @@ def load(name: str) -> Experiment:
         raise ConfigError(f"experiment={name}: there are {', '.join(sorted(files))}")
     content = _read(files[name])
     common = tuple(content.get("overrides", ()))
-    if "rows_of" in content:
-        other = _read(files[content["rows_of"]])["rows"]
-        entries = [{"label": row["label"], "overrides": row["overrides"]} for row in other]
-    else:
-        entries = content["rows"]
-    rows = tuple(Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in entries)
+    rows = tuple(
+        Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in content["rows"]
+    )
     runs = content.get("published_runs")
     if runs is None and any(isinstance(value, list) for row in rows for value in row.published.values()):
         raise ConfigError(f"{files[name]}: of how many runs are the published deviations? published_runs is missing")
