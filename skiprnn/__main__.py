@@ -10,6 +10,7 @@ COMMANDS = {
     "status": "how far sweeps are: queued, running, complete, failed",
     "tables": "the table of an experiment, from its complete runs",
     "figures": "its figures",
+    "claims": "what the papers claim, and what published records say of it",
     "evaluate": "measure a checkpoint; or many, beside their records",
     "publish": "trained weights for others, with model cards",
     "dashboard": "one HTML page: how far all sweeps are",

@@ -10,23 +10,24 @@ same views as a workspace on wandb, from what the runs logged there.
 import argparse
 import base64
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
 import pandas as pd
 import vl_convert
 
-from skiprnn import tables
 from skiprnn.model.policies import POLICIES
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import Experiment, PlannedRun, Row, SavedPlan
+from skiprnn.papers import statistics, table
+from skiprnn.papers.experiments import Experiment, Row
+from skiprnn.papers.plan import PlannedRun, SavedPlan, saved_plans
+from skiprnn.papers.records import METRICS
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
 
@@ -37,7 +38,7 @@ Tell = Callable[[str], object]  # hears of a damaged file, without which the pag
 
 def plans(output: Path, tell: Tell) -> list[SavedPlan]:
     """The sweeps into an output folder, latest first, each data set apart; then its other runs."""
-    saved = experiments.saved_plans(output, tell)
+    saved = saved_plans(output, tell)
     planned = {one.folder.path for plan in saved for one in plan.planned}
     single = []
     for file in sorted(output.glob("*/*/*/config.yaml")):
@@ -68,8 +69,8 @@ def view(plan: SavedPlan, tell: Tell) -> dict[str, Any]:
     record = next((one.folder.record() for one in plan.planned if one.folder.complete), None)
     if not experiment.name and record and record["task"] == "regression":
         experiment = replace(experiment, columns=("mse", *experiment.columns[1:]))
-    numbers = tables.rows(experiment, plan.planned)
-    text, verdicts = tables.layout(experiment, numbers), tables.verdicts(experiment, numbers)
+    numbers = statistics.rows(experiment, plan.planned)
+    text, verdicts = table.layout(experiment, numbers), table.verdicts(experiment, numbers)
     score = "mse" if "mse" in experiment.columns else "accuracy"
     updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
     rows: list[dict[str, Any]] = []
@@ -104,8 +105,8 @@ def view(plan: SavedPlan, tell: Tell) -> dict[str, Any]:
         "title": experiment.title,
         "command": plan.command,
         "note": plan.planned[0].run.profile.get("note", ""),
-        "score": tables.METRICS[score].heading,
-        "updates": tables.METRICS[updates].heading,
+        "score": METRICS[score].heading,
+        "updates": METRICS[updates].heading,
         "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in (text, verdicts)],
         "rows": rows,
         "pictures": pictures,
@@ -150,7 +151,7 @@ def curve(files: Iterable[Path], column: str, tell: Tell) -> list[list[float]]:
                 values.setdefault(int(epoch), []).append(value)
     every = -(-len(values) // EPOCHS_DRAWN) or 1
     shown = sorted(values)[::-every][::-1]  # the last one is
-    return [[n + 1, short(statistics.fmean(values[n])), short(min(values[n])), short(max(values[n]))] for n in shown]
+    return [[n + 1, short(fmean(values[n])), short(min(values[n])), short(max(values[n]))] for n in shown]
 
 
 def page(output: Path, tell: Tell) -> str:

@@ -35,8 +35,9 @@ from rich.progress import track
 from skiprnn.data.base import DataError
 from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import Experiment, PlannedRun
+from skiprnn.papers import plan
+from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
@@ -308,7 +309,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     """Draw what the complete runs allow; returns what was written, and what was left out and why.
 
     Args:
-        experiment, planned: as from skiprnn.papers.experiments.
+        experiment, planned: as from skiprnn.papers.plan.
         folder: of the experiment's table, below which the figures go; None: where skiprnn.tables puts it.
 
     Raises:
@@ -332,7 +333,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
 def main(arguments: Sequence[str]) -> None:
     """Draw an experiment's figures from the records and checkpoints that exist."""
     try:
-        experiment, planned, folder = experiments.requested(arguments)
+        experiment, planned, folder = plan.requested(arguments)
         if not experiment:
             raise ConfigError("experiment=NAME is missing: which figures?")
         print(publish(experiment, planned, folder))

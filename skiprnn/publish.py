@@ -20,7 +20,7 @@ from torch import Tensor
 from skiprnn.model import pretrained
 from skiprnn.model.policies import POLICIES
 from skiprnn.model.recurrent import CLASSES, Recurrent
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, write_atomically
@@ -140,7 +140,7 @@ def export(run: RunFolder, folder: Path) -> Path:
 def main(arguments: Sequence[str]) -> None:
     """Publish the complete runs that the command line asks for."""
     try:
-        _, planned, folder = experiments.requested(arguments)
+        _, planned, folder = plan.requested(arguments)
         if not folder:
             raise ConfigError("publish=FOLDER is missing: where to?")
         complete = [one.folder for one in planned if one.folder.complete]

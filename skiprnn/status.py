@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import PlannedRun
+from skiprnn.papers.plan import PlannedRun, saved_plans
 from skiprnn.training import cluster
 from skiprnn.training.config import ConfigError
 
@@ -70,7 +69,7 @@ def report(output: Path) -> str:
         ConfigError: there are none.
     """
     lines: list[str] = []
-    plans = experiments.saved_plans(output, lines.append)
+    plans = saved_plans(output, lines.append)
     if not plans:
         raise ConfigError("\n".join([*lines, f"{output}: no sweeps here; give the folder that was output= of one"]))
     jobs: dict[str, tuple[str, str]] = {}

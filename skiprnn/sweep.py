@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from skiprnn.data.base import DataError
-from skiprnn.papers import experiments, sweep
+from skiprnn.papers import experiments, plan, sweep
 from skiprnn.training.config import ConfigError
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
         name, data = experiment.name, experiment.data
         command = [f"experiment={name}", f"data={data}", f"profile={data}/{profile}", *overrides]
         try:
-            planned = experiments.requested(command)[1]
+            planned = plan.requested(command)[1]
             sweep.prepare(planned)
             ready[name] = command
         except DataError as error:

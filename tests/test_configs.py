@@ -87,7 +87,7 @@ def test_every_logger_logs(logger, traces, small_run, monkeypatch):
     assert list(RunFolder(run).path.rglob(traces))
 
 
-ROWS = [(name, row) for name in names("../experiments") for row in experiments.load(name).rows]
+ROWS = [(name, row) for name in experiments.files() for row in experiments.load(name).rows]
 
 
 @pytest.mark.parametrize(("experiment", "row"), ROWS, ids=lambda value: getattr(value, "label", value))

@@ -11,7 +11,7 @@ import scale
 from PIL import Image
 
 from skiprnn import dashboard
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.papers.experiments import Experiment
 from skiprnn.training.config import ConfigError
 
@@ -22,13 +22,13 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def output(tmp_path_factory):
     """A sweep of 40 runs, 37 complete, one halfway, one failed, one not begun; and a run that no sweep planned."""
     output = tmp_path_factory.mktemp("output")
-    planned = scale.plan(scale.grid(output, 40))
-    experiments.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
+    planned = scale.planned_runs(scale.grid(output, 40))
+    plan.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
     for number, one in enumerate(planned[:-1]):
         scale.finish(one, 13 if number < 2 else scale.EPOCHS)
     planned[0].folder.fail(RuntimeError("lost <everything>"))
     Image.new("RGB", (9, 9)).save(planned[0].folder.path / "usage.png")
-    (single,) = scale.plan([["model=gru", "data=adding", f"output={output}", "seed=7", "training.epochs=30"]])
+    (single,) = scale.planned_runs([["model=gru", "data=adding", f"output={output}", "seed=7", "training.epochs=30"]])
     single.folder.open().release()
     test = {"mse": 0.25, "state_updates": 50.0, "inference_flops": 1e6}
     single.folder.finish({key: {"epoch": 0, "test": test} for key in ("best", "final")})
@@ -99,12 +99,12 @@ def test_command_writes_the_page(output, capsys):
 
 
 def test_damaged_files_are_told_and_the_page_is_made_without_them(tmp_path, capsys):
-    planned = scale.plan(scale.grid(tmp_path, 40))
-    experiments.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
+    planned = scale.planned_runs(scale.grid(tmp_path, 40))
+    plan.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
     for one in planned:
         scale.finish(one)
     record, metrics, failure = (one.folder for one in planned[:3])
-    (single,) = scale.plan([["model=gru", "data=adding", f"output={tmp_path}", "seed=7"]])
+    (single,) = scale.planned_runs([["model=gru", "data=adding", f"output={tmp_path}", "seed=7"]])
     single.folder.open().release()
     damaged = [record.record_file, metrics.metrics_file, single.folder.path / "config.yaml"]
     damaged.append(tmp_path / "sweeps" / "0123abcd.json")

@@ -13,7 +13,7 @@ from test_data_ucf101 import film
 
 from skiprnn import figures
 from skiprnn.data.base import MIRROR
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError
 from skiprnn.training.job import make_module
@@ -23,11 +23,11 @@ from skiprnn.views import samples as usage
 RED, BLUE = np.array(to_rgb(usage.USED)), np.array(to_rgb(usage.SKIPPED))
 
 
-def planned(output: Path, *arguments: str) -> list[experiments.PlannedRun]:
-    return experiments.requested([*arguments, f"output={output}"])[1]
+def planned(output: Path, *arguments: str) -> list[plan.PlannedRun]:
+    return plan.requested([*arguments, f"output={output}"])[1]
 
 
-def finish(one: experiments.PlannedRun, steps: int = 64, **test: float) -> None:
+def finish(one: plan.PlannedRun, steps: int = 64, **test: float) -> None:
     """The record of a complete run, as far as figures read it."""
     one.folder.path.mkdir(parents=True, exist_ok=True)
     best = {"test": test, "validation": test}

@@ -17,7 +17,7 @@ from skiprnn import __main__ as console
 from skiprnn.data.base import DataError
 from skiprnn.data.imdb import IMDb
 from skiprnn.data.ucf101.extract import extract
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training import config, wandb_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,8 +203,8 @@ def test_what_is_the_users_own_is_found_where_a_command_starts(tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     assert "| 2 / 2 " in (tmp_path / "outputs" / "tables" / "halves_short" / "table.md").read_text()
     monkeypatch.chdir(tmp_path)
-    experiment, planned, _ = experiments.requested(wanted)
+    experiment, planned, _ = plan.requested(wanted)
     assert experiment
     assert [one.folder.complete for one in planned] == [True, True]
-    (ours,) = experiments.requested(["data=digits"])[1]
+    (ours,) = plan.requested(["data=digits"])[1]
     assert ours.run.data["name"] == "digits"

@@ -6,7 +6,7 @@ import pytest
 from conftest import SMALL, compose, trained
 
 from skiprnn import status
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training.config import ConfigError
 
 QUEUE = "7_0|RUNNING|None\n7_1|PENDING|Priority\n7_2|CANCELLED|None\n8|REQUEUE_HOLD|JobHeldAdmin\n"
@@ -17,8 +17,8 @@ def planned(tmp_path):
     """A sweep of 8 runs into a folder, none of them begun; then `queue` says what squeue says."""
     overrides = ["model=skip_lstm", *SMALL, "training.epochs=2", f"output={tmp_path}"]
     grid = [[*overrides, f"seed={seed}"] for seed in range(8)]
-    found = experiments.plan(None, grid, compose)
-    experiments.save_plan(None, "model=skip_lstm seed=range(8)", found)
+    found = plan.runs(None, grid, compose)
+    plan.save_plan(None, "model=skip_lstm seed=range(8)", found)
     return found
 
 

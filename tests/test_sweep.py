@@ -22,7 +22,8 @@ from hydra.errors import HydraException
 from test_runs import assert_same_outcome
 
 from skiprnn import sweep
-from skiprnn.papers import experiments
+from skiprnn.papers import experiments, plan
+from skiprnn.papers import sweep as one_sweep
 from skiprnn.training import cluster, config, job, workers
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
@@ -337,8 +338,8 @@ def test_jobs_are_found_again(tmp_path):
 COST = "model.cost_per_sample"
 
 
-def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
-    return experiments.plan(None, [list(overrides)], compose)
+def planned_runs(*overrides: str) -> list[plan.PlannedRun]:
+    return plan.runs(None, [list(overrides)], compose)
 
 
 class DyingWorkers:
@@ -404,7 +405,7 @@ def test_plan_reads_overrides_as_hydra_does(overrides):
         except (ConfigError, HydraException) as error:
             return type(error), str(error)
 
-    assert outcome(experiments._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+    assert outcome(plan._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
 
 
 def test_plan_composes_once_per_choice_of_groups(tmp_path):
@@ -417,7 +418,7 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
     costs, seeds = [f"model.cost_per_sample={n}e-6" for n in range(50)], [f"seed={n}" for n in range(4)]
     models = ["model=skip_lstm", "model=skip_gru"]
     grid = [[model, cost, seed] for model in models for cost in costs for seed in seeds]
-    planned = experiments.plan(None, grid, count)
+    planned = plan.runs(None, grid, count)
     assert len({one.run.name for one in planned}) == 400
     assert len(composed) <= 1 + len(models)
 
@@ -425,8 +426,8 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
 def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
-        experiments.save_plan(None, "seed=0,3 threads=1", planned)
-    (saved,) = experiments.saved_plans(tmp_path, pytest.fail)
+        plan.save_plan(None, "seed=0,3 threads=1", planned)
+    (saved,) = plan.saved_plans(tmp_path, pytest.fail)
     assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
@@ -501,3 +502,19 @@ def test_seeds_of_a_row_share_a_job_where_there_is_a_gpu():
     assert [len(pack) for pack in workers.packed(todo, gpu=True)] == [2, 2]
     assert [len(pack) for pack in workers.packed(todo, gpu=False)] == [1, 1, 1, 1]
     assert [len(pack) for pack in workers.packed(pages, gpu=True)] == [1, 1], "a process has one page"
+
+
+def test_the_other_profiles_of_the_data_are_told_with_their_time(monkeypatch, capsys, tmp_path):
+    """A row takes 3 s an epoch here and another 5 s, and each twice that at the paper's batch: 4 runs of 600 epochs."""
+    experiment = experiments.load("table1")
+    grid = [["experiment=table1", "rows=[1,4]", "profile=mnist/long", f"output={tmp_path}"]]
+    first_row = {"paper": 6, "smoke": 1.5, "cpu": 3}
+    monkeypatch.setattr(one_sweep, "seconds_per_epoch", lambda run: first_row[run.profile["name"]])
+    todo = plan.runs(experiment, grid, compose)
+    seconds = {one_sweep.kind_of(one): 3 if one.row.label == "LSTM" else 5 for one in todo}
+    one_sweep.tell_other_profiles(experiment, grid, compose, todo, seconds, workers=2)
+    told = capsys.readouterr().out
+    hours = 4 * 600 * (6 + 10) / 2 / 3600
+    assert f"profile=mnist/paper about {hours:.1f} h" in told
+    assert "profile=mnist/cpu" in told
+    assert "mnist/long" not in told

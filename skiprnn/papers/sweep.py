@@ -1,20 +1,20 @@
 """A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from skiprnn import tables
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import PlannedRun
+from skiprnn.papers import experiments, plan, table
+from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
-from skiprnn.training.config import RunConfig
+from skiprnn.training.config import RunConfig, packaged
 from skiprnn.training.estimate import seconds_per_epoch
 from skiprnn.training.folder import duration
 from skiprnn.training.job import Draw
@@ -45,12 +45,14 @@ def run(
     try:
         name = compose(grid[0])["experiment"]
         experiment = experiments.load(name) if name else None
-        planned = experiments.plan(experiment, grid, compose)
+        planned = plan.runs(experiment, grid, compose)
         place = find_place(Path(planned[0].run.output))
         todo = [one for one in planned if not one.folder.complete and not one.folder.diverged]
-        experiments.save_plan(experiment, command, planned)
+        plan.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
+        if experiment and todo and place.here and not place.gpu:
+            tell_other_profiles(experiment, grid, compose, todo, seconds, place.workers)
         # the longest first: none is left alone at the end
         todo.sort(key=lambda one: -seconds.get(kind_of(one), 0) * (one.run.training.epochs - one.folder.epochs_done()))
         reasons = place.train(packed([one.run for one in todo], place.gpu), draw)
@@ -62,7 +64,7 @@ def run(
         return
     if experiment:
         print()
-        print(tables.publish(experiment, planned))
+        print(table.publish(experiment, planned))
     failures = [
         f"  {one.run.name}: {reasons.get(one.run.name) or one.folder.failure}"
         f"{f'; delete {one.folder.failure_file} to try again' if one.folder.diverged else ''}"
@@ -80,9 +82,14 @@ def prepare(todo: Sequence[PlannedRun]) -> None:
 
 
 def kind_of(one: PlannedRun) -> str:
-    """What the time of a run depends on, λ and p_skip apart."""
+    """What the time of a run depends on."""
+    return repr((network_of(one), one.run.training))
+
+
+def network_of(one: PlannedRun) -> str:
+    """Of it, the data and the model; λ and p_skip apart."""
     model = replace(one.run.model, cost_per_sample=0.0, p_skip=None if one.run.model.p_skip is None else 0.5)
-    return repr((one.run.data, model, one.run.training))
+    return repr((one.run.data, model))
 
 
 def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: Place) -> dict[str, float]:
@@ -96,7 +103,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
     rows = [list(group) for _, group in groupby(planned, lambda one: one.row.label)]
     if len(rows) > ROWS_TOLD:
         rows = [list(group) for _, group in groupby(sorted(planned, key=kind_of), kind_of)]
-    table = Table("row", "seeds", "epochs", "complete", *(["estimate"] if place.here else []))
+    shown = Table("row", "seeds", "epochs", "complete", *(["estimate"] if place.here else []))
     alike: dict[str, list[RunConfig]] = {}
     for one in todo:
         alike.setdefault(kind_of(one), []).append(one.run)
@@ -113,7 +120,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
         diverged = sum(one.folder.diverged for one in group)
         model, data = group[0].run.model.name, group[0].run.data["name"]
         labels, seeds = {one.row.label for one in group}, sorted({one.run.seed for one in group})
-        table.add_row(
+        shown.add_row(
             group[0].row.label or f"{group[0].run.row} on {data}"
             if len(labels) == 1
             else f"{model} on {data}, {len(labels)} settings",
@@ -122,7 +129,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
             f"{len(group) - len(left) - diverged} / {len(group)}{f', {diverged} diverged' if diverged else ''}",
             *([duration(seconds) if left else ""] if place.here else []),
         )
-    console.print(table)
+    console.print(shown)
     at_once = f", {place.workers} at once" if place.workers > 1 else ""
     estimate = f": about {duration(total / min(place.workers, len(todo)))}" if todo and place.here else ""
     output = planned[0].run.output
@@ -132,3 +139,41 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
         soft_wrap=True,
     )
     return measured
+
+
+def tell_other_profiles(
+    experiment: experiments.Experiment,
+    grid: Sequence[Sequence[str]],
+    compose: Callable[[Sequence[str]], DictConfig],
+    todo: Sequence[PlannedRun],
+    seconds: Mapping[str, float],
+    workers: int,
+) -> None:
+    """Print what the data's other profiles would take on this machine: one run is measured at each.
+
+    Args:
+        todo: the runs of this profile.
+        seconds: what tell_plan gave: of an epoch of each kind of them.
+    """
+    console, first = Console(), todo[0]
+    here = {network_of(one): seconds[kind_of(one)] for one in todo}
+    folder = packaged("conf") / "profile" / first.run.data["name"]
+    told = []
+    for name in sorted({file.stem for file in folder.glob("*.yaml")} - {first.run.profile["name"]}):
+        profile = f"profile={folder.name}/{name}"
+        other = plan.runs(
+            experiment,
+            [[*(one for one in given if not one.startswith("profile=")), profile] for given in grid],
+            compose,
+        )
+        like_first = next((one.run for one in other if network_of(one) == network_of(first)), None)
+        if like_first is None:
+            continue
+        with console.status(f"measuring a few steps at {profile}"):
+            scale = seconds_per_epoch(like_first) / here[network_of(first)]
+        epochs = ((one.run.training.epochs, here.get(network_of(one), mean(here.values()))) for one in other)
+        total = sum(number * scale * epoch for number, epoch in epochs) / min(workers, len(other))
+        made = like_first.profile.get("published")
+        told.append(f"{profile} about {duration(total)}{f' (as {made})' if made else ''}")
+    if told:
+        console.print(f"On this machine, all runs of other profiles: {', '.join(told)}.", soft_wrap=True)
