@@ -35,10 +35,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) -m skiprnn.model.engines.native
 	touch $@
 
-quickstart: install  ## Table I's models on 8x8 digits: real data, no download, minutes; table and pictures
+quickstart: install  ## Skip RNN and SA-RNN on 8x8 digits: real data, no download, minutes; a table and pictures
 	$(RUN) -m skiprnn.train -m $(QUICKSTART) $(CORES) $(ARGS)
 	$(RUN) -m skiprnn.figures $(QUICKSTART) $(ARGS)
-	@echo "The table is beside that folder, in table.md; tradeoff.png shows accuracy against state updates, usage-*.png"
+	@echo "In the folder above them: table.md. To look at: tradeoff.png, accuracy against state updates, and usage-*.png,"
 	@echo "what is read (red) and skipped (blue). Next: make dashboard, make sweep-digits, make reproduce-table1"
 
 reproduce-table1:  ## Table I on MNIST; PROFILE=paper|cpu|smoke (default: paper on a GPU, else cpu)

@@ -1,4 +1,4 @@
-"""Sequential digits: the 8x8 handwritten digits that scikit-learn bundles, pixel by pixel. Nothing to download."""
+"""Sequential digits: the 8x8 handwritten digits that scikit-learn bundles, pixel by pixel or some at a time."""
 
 import numpy as np
 import torch
@@ -65,4 +65,4 @@ class SequentialDigits(StoredData):
     def picture(self, values: np.ndarray) -> np.ndarray:
         """See SequenceData.picture; a row of pixels that is shown for several steps is drawn as so many rows."""
         rows = values.reshape(8, 8 // self.input_size, self.hold, self.input_size, *values.shape[2:])
-        return rows.swapaxes(1, 2).reshape(*self.image, *values.shape[2:])
+        return rows.swapaxes(1, 2).reshape(8 * self.hold, 8, *values.shape[2:])
