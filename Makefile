@@ -18,7 +18,7 @@ SWEEPS := $(addprefix sweep-,mnist digits adding)
 SWEEP = experiment=sweep_$* profile=$*/$(if $(filter mnist,$*),$(PROFILE),sweep) rows=null $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard verify-table1 bench test lint
+.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard claims verify-table1 bench test test-wheel lint
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
@@ -61,6 +61,9 @@ figures: install  ## figures of complete runs; ARGS="experiment=table1 profile=m
 dashboard: install  ## outputs/dashboard.html: how far every sweep is, its table and curves; ARGS=FOLDER
 	$(RUN) -m skiprnn.dashboard $(ARGS)
 
+claims: install  ## what the papers claim, and what the records in results/ say of it: results/claims.md
+	$(RUN) -m skiprnn.claims $(ARGS)
+
 verify-table1: install  ## evaluate the published MNIST checkpoints on the CPU, compare with their records
 	$(RUN) -m skiprnn.evaluate verify='results/*/checkpoints/mnist' device=cpu $(ARGS)
 
@@ -68,7 +71,10 @@ bench: install  ## time the engines against torch.nn; ARGS=--quick for minutes
 	$(RUN) -m skiprnn.bench $(ARGS)
 
 test: install lint  ## lint, types and the test suite
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q -n auto $(ARGS)
+
+test-wheel: install  ## build the wheel, install it in two fresh environments, try it there
+	$(RUN) tests/wheel.py
 
 lint: install
 	$(RUN) -m ruff check .

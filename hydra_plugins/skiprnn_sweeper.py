@@ -5,37 +5,39 @@ at the top.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from joblib import effective_n_jobs
+
+from hydra_plugins.skiprnn_launchers import PlaceLauncher
 
 
 class ExperimentSweeper(BasicSweeper):
     """Plan, tell, launch what is incomplete, report, and make the experiment's table."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        import torch
-
-        from skiprnn import sweep
+        from skiprnn.papers import sweep
+        from skiprnn.training.config import ConfigError
+        from skiprnn.training.workers import Here
+        from skiprnn.views.samples import picture
 
         assert self.hydra_context is not None
-        assert self.launcher is not None
         assert self.config is not None
         loader, master, launcher = self.hydra_context.config_loader, self.config, self.launcher
 
         def compose(overrides: Sequence[str]) -> Any:
             return loader.load_sweep_config(master, list(overrides))
 
-        def launch(jobs: list[list[str]]) -> list[Any]:
-            size = self.max_batch_size or len(jobs)
-            return [one for k in range(0, len(jobs), size) for one in launcher.launch(jobs[k : k + size], k)]
+        def place(output: Path) -> Any:
+            if isinstance(launcher, PlaceLauncher):
+                return launcher.place(output, self.max_batch_size)
+            if isinstance(launcher, BasicLauncher):
+                return Here()
+            raise ConfigError("hydra/launcher: there are basic, processes, slurm")
 
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         grid = self.split_arguments(parsed, None)[0]
-        settings = master.hydra.launcher
-        workers = settings.get("slurm_array_parallelism") or effective_n_jobs(settings.get("n_jobs", 1))
-        here = settings.get("cluster") != "slurm"
-        gpu = torch.cuda.is_available() if here else bool(settings.gpus_per_node)
-        return sweep.run(grid, compose, launch, workers, " ".join(arguments), here, gpu)
+        return sweep.run(grid, compose, place, " ".join(arguments), picture)

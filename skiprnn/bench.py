@@ -12,12 +12,10 @@ import math
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 
 from skiprnn import Recurrent, RecurrentState
 from skiprnn.model.policies import Skip
+from skiprnn.training.timing import alternate
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = {  # B, T, I, H, L
@@ -76,20 +75,6 @@ def train(rnn: Any, x: Tensor, scattered: bool = False) -> None:
 @torch.no_grad()
 def infer(rnn: Any, x: Tensor, scattered: bool = False) -> None:
     rnn(x, desynchronised(rnn, len(x))) if scattered else rnn(x)
-
-
-def alternate(functions: dict[str, Callable[[], None]], repetitions: int, progress=None) -> dict[str, float]:
-    """The median seconds of each function; all run in turn, `repetitions` times after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                times[name].append(time.perf_counter() - start)
-            if progress:
-                progress()
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[], None]]:
@@ -232,7 +217,8 @@ def plot(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write bench.json and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="MNIST's shape only, without the reference engine")
     parser.add_argument("--repetitions", type=int, default=7)
@@ -240,24 +226,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder for bench.json and the plot")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        done = {"bytes": peak_memory(arguments.memory)} if arguments.memory else measure(arguments)
-        arguments.child.write_text(json.dumps(done))
+    given = parser.parse_args(arguments)
+    if given.child:
+        done = {"bytes": peak_memory(given.memory)} if given.memory else measure(given)
+        given.child.write_text(json.dumps(done))
         return
-    passed = [f"--repetitions={arguments.repetitions}", f"--threads={arguments.threads}"]
-    passed += ["--quick"] if arguments.quick else []
-    report = {"machine": machine(arguments.threads)}
+    passed = [f"--repetitions={given.repetitions}", f"--threads={given.threads}"]
+    passed += ["--quick"] if given.quick else []
+    report = {"machine": machine(given.threads)}
     for column, environment in (("default", {}), ("tuned", TUNED)):
         report[column] = child(passed, environment)
     report["memory"] = {name: child(["--memory", name], {})["bytes"] for name in ("torch", "1", "2", "10")}
     if torch.cuda.is_available():
         from skiprnn import bench_gpu
 
-        report["gpu"] = bench_gpu.measure(torch.device("cuda"), arguments.repetitions)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(json.dumps(report, indent=1))
-    plot(report, arguments.output / "time-against-rate.png")
+        report["gpu"] = bench_gpu.measure(torch.device("cuda"), given.repetitions)
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "bench.json").write_text(json.dumps(report, indent=1))
+    plot(report, given.output / "time-against-rate.png")
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table(report))
     if "gpu" in report:
@@ -265,7 +251,7 @@ def main() -> None:
     torch_bytes = report["memory"]["torch"]
     shares = [f"{RATES[int(n)]}: {b / torch_bytes:.2f}" for n, b in report["memory"].items() if n != "torch"]
     console.print(f"memory of a training step, Skip LSTM / nn.LSTM ({math.ceil(torch_bytes / 2**20)} MiB): {shares}")
-    console.print(f"written to {arguments.output}")
+    console.print(f"written to {given.output}")
 
 
 if __name__ == "__main__":

@@ -9,43 +9,47 @@ same views as a workspace on wandb, from what the runs logged there.
 
 import argparse
 import base64
-import csv
 import json
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
 import pandas as pd
 import vl_convert
 
-from skiprnn import tables
 from skiprnn.model.policies import POLICIES
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import Experiment, PlannedRun, Row, SavedPlan
+from skiprnn.papers import statistics, table
+from skiprnn.papers.experiments import Experiment, Row
+from skiprnn.papers.plan import PlannedRun, SavedPlan, saved_plans
+from skiprnn.papers.records import METRICS
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import MetricsFile, RunFolder, write_atomically
+from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
 
 EPOCHS_DRAWN = 60  # of a curve
 PICTURES, UNFINISHED = 24, 100  # shown at most
+Tell = Callable[[str], object]  # hears of a damaged file, without which the page is made
 
 
-def plans(output: Path) -> list[SavedPlan]:
+def plans(output: Path, tell: Tell) -> list[SavedPlan]:
     """The sweeps into an output folder, latest first, each data set apart; then its other runs."""
-    saved = experiments.saved_plans(output)
+    saved = saved_plans(output, tell)
     planned = {one.folder.path for plan in saved for one in plan.planned}
     single = []
     for file in sorted(output.glob("*/*/*/config.yaml")):
         if file.parent not in planned:
             try:
-                run = RunConfig.of(json.loads(file.read_text()), output=str(output))
+                run = RunConfig.of(json.loads(file.read_bytes()), output=str(output))
             except ConfigError:
                 continue  # another version's
+            except ValueError:
+                tell(f"{file} is damaged; the command that began the run writes it again")
+                continue
             if RunFolder(run).path == file.parent:
                 single.append(PlannedRun(Row(run.row), run, ()))
     saved += [SavedPlan(Experiment("", "single runs", "", ()), "", tuple(single))] if single else []
@@ -59,14 +63,14 @@ def plans(output: Path) -> list[SavedPlan]:
     return apart
 
 
-def view(plan: SavedPlan) -> dict[str, Any]:
+def view(plan: SavedPlan, tell: Tell) -> dict[str, Any]:
     """What the page shows of a sweep over one data set: numbers and texts only."""
     experiment = plan.experiment
     record = next((one.folder.record() for one in plan.planned if one.folder.complete), None)
-    if not experiment.name and record and "mse" in record["best"]["test"]:
+    if not experiment.name and record and record["task"] == "regression":
         experiment = replace(experiment, columns=("mse", *experiment.columns[1:]))
-    numbers = tables.rows(experiment, plan.planned)
-    text, verdicts = tables.layout(experiment, numbers), tables.verdicts(experiment, numbers)
+    numbers = statistics.rows(experiment, plan.planned)
+    text, verdicts = table.layout(experiment, numbers), table.verdicts(experiment, numbers)
     score = "mse" if "mse" in experiment.columns else "accuracy"
     updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
     rows: list[dict[str, Any]] = []
@@ -79,6 +83,8 @@ def view(plan: SavedPlan) -> dict[str, Any]:
         for one, done in zip(runs, epochs, strict=True):
             if not one.folder.complete:
                 unfinished.append(progress(one, done))
+            if damage := one.folder.damage:
+                tell(damage)
         picture = next((file for one in runs for file in [one.folder.path / "usage.png"] if file.exists()), None)
         if picture and len(pictures) < PICTURES:
             pictures.append({"row": index, "png": base64.b64encode(picture.read_bytes()).decode()})
@@ -91,7 +97,7 @@ def view(plan: SavedPlan) -> dict[str, Any]:
                 "score": spread(line, score),
                 "updates": spread(line, updates),
                 "paper": [spread(line, f"published_{score}"), spread(line, f"published_{updates}")],
-                "curve": curve([one.folder.path / MetricsFile.NAME for one in runs], f"validation/{score}"),
+                "curve": curve([one.folder.metrics_file for one in runs], f"validation/{score}", tell),
             }
         )
     states = [one["state"] for one in unfinished]
@@ -99,8 +105,8 @@ def view(plan: SavedPlan) -> dict[str, Any]:
         "title": experiment.title,
         "command": plan.command,
         "note": plan.planned[0].run.profile.get("note", ""),
-        "score": tables.METRICS[score].heading,
-        "updates": tables.METRICS[updates].heading,
+        "score": METRICS[score].heading,
+        "updates": METRICS[updates].heading,
         "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in (text, verdicts)],
         "rows": rows,
         "pictures": pictures,
@@ -114,13 +120,11 @@ def view(plan: SavedPlan) -> dict[str, Any]:
 def progress(one: PlannedRun, epochs: int) -> dict[str, Any]:
     """How far an incomplete run is, and when it last moved."""
     folder = one.folder
-    metrics_file = folder.path / MetricsFile.NAME
-    state, reason = ("begun" if folder.path.exists() else "waiting"), ""
-    if folder.failure_file.exists():
-        state, reason = "failed", json.loads(folder.failure_file.read_text())["error"]
-    moved = datetime.fromtimestamp(metrics_file.stat().st_mtime).strftime("%d %b %H:%M") if epochs else ""
+    reason = folder.failure
+    state = "failed" if reason else "begun" if folder.path.exists() else "waiting"
+    moved = datetime.fromtimestamp(folder.metrics_file.stat().st_mtime).strftime("%d %b %H:%M") if epochs else ""
     planned = one.run.training.epochs
-    return {"name": one.run.name, "state": state, "epochs": [epochs, planned], "moved": moved, "reason": reason}
+    return {"name": one.run.name, "state": state, "epochs": [epochs, planned], "moved": moved, "reason": reason or ""}
 
 
 def spread(line: pd.Series, metric: str) -> list[float] | None:
@@ -133,29 +137,30 @@ def short(number: float) -> float:
     return float(f"{number:.5g}")
 
 
-def curve(files: Iterable[Path], column: str) -> list[list[float]]:
+def curve(files: Iterable[Path], column: str, tell: Tell) -> list[list[float]]:
     """[epoch, mean, least, largest] over the files that have it, thinned to what can be seen."""
     values: dict[int, list[float]] = {}
     for file in files:
         if file.exists():
-            with file.open(newline="") as lines:
-                reader = csv.reader(lines)
-                names = next(reader)
-                epoch, wanted = names.index("epoch"), names.index(column)
-                for row in reader:
-                    values.setdefault(int(row[epoch]), []).append(float(row[wanted]))
+            try:
+                columns = read_metrics(file)
+            except ConfigError as error:
+                tell(str(error))
+                continue
+            for epoch, value in zip(columns["epoch"], columns.get(column, ()), strict=False):
+                values.setdefault(int(epoch), []).append(value)
     every = -(-len(values) // EPOCHS_DRAWN) or 1
     shown = sorted(values)[::-every][::-1]  # the last one is
-    return [[n + 1, short(statistics.fmean(values[n])), short(min(values[n])), short(max(values[n]))] for n in shown]
+    return [[n + 1, short(fmean(values[n])), short(min(values[n])), short(max(values[n]))] for n in shown]
 
 
-def page(output: Path) -> str:
-    """The HTML page of an output folder.
+def page(output: Path, tell: Tell) -> str:
+    """The HTML page of an output folder; damaged files are left out, and told.
 
     Raises:
         ConfigError: there are no runs in it.
     """
-    views = [view(plan) for plan in plans(output)]
+    views = [view(plan, tell) for plan in plans(output, tell)]
     if not views:
         raise ConfigError(f"{output}: no runs here; give the folder that was output= of a sweep")
     environment = jinja2.Environment(
@@ -172,16 +177,10 @@ def page(output: Path) -> str:
 
 
 def workspace(entity: str, project: str) -> Any:
-    """The same views as a wandb workspace, not yet saved: trade-off, learning, used samples.
+    """The same views as a wandb workspace, not yet saved: trade-off, learning, used samples."""
+    from wandb_workspaces import workspaces
+    from wandb_workspaces.reports import v2 as panels
 
-    Raises:
-        ConfigError: wandb-workspaces is not installed.
-    """
-    try:
-        from wandb_workspaces import workspaces
-        from wandb_workspaces.reports import v2 as panels
-    except ImportError:
-        raise ConfigError("--wandb needs wandb's own library: pip install wandb-workspaces") from None
     scores = {"accuracy": "accuracy", "mse": "mean squared error"}
     updates = panels.SummaryMetric("test/state_updates")
     tradeoff: list[Any] = [
@@ -221,13 +220,15 @@ def save_workspace(target: str) -> str:
     Raises:
         ConfigError: no library, no key, no such project, or no server.
     """
-    import wandb  # here, for it is slow to import and seldom wanted
-
     *entity, project = target.split("/")
     try:
+        import wandb  # here, for it is slow to import and seldom wanted
+
         if not wandb.login(prompt=False):
             raise ConfigError("--wandb needs a key: wandb login, or WANDB_API_KEY")
         return workspace(entity[0] if entity else wandb.Api().default_entity or "", project).save().url
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--wandb needs {error.name}: pip install 'skiprnn[wandb]'") from None
     except wandb.errors.Error as error:
         raise ConfigError(f"--wandb {target}: {str(error).splitlines()[0]}") from None
 
@@ -244,10 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(save_workspace(given.wandb))
             return
         file = given.page or given.output / "dashboard.html"
-        write_atomically(file, page(given.output).encode())
+        left_out: list[str] = []
+        write_atomically(file, page(given.output, left_out.append).encode())
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {file}")
+    if left_out:
+        sys.exit("\n".join(f"error: {problem}" for problem in left_out))
 
 
 if __name__ == "__main__":

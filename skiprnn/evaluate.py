@@ -11,10 +11,9 @@ import copy
 import glob
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,16 +24,16 @@ from rich.progress import track
 from rich.table import Table
 from yaml import YAMLError
 
-from skiprnn.bench import alternate
 from skiprnn.data.base import Batch, SequenceData
 from skiprnn.model import pretrained
 from skiprnn.model.policies import Always
-from skiprnn.train import USER_ERRORS, device_of, engine_of, make_module, prepare_process, quieten
-from skiprnn.training import config
-from skiprnn.training import measures as metrics
+from skiprnn.training import measures, provenance
 from skiprnn.training.config import ConfigError
-from skiprnn.training.folder import load_weights, provenance, read_checkpoint
-from skiprnn.training.module import Network, SequenceModule, stage_seed
+from skiprnn.training.folder import read_checkpoint
+from skiprnn.training.job import USER_ERRORS, load, quieten
+from skiprnn.training.module import evaluate
+from skiprnn.training.network import Network
+from skiprnn.training.timing import alternate
 
 MESSAGES = Console(stderr=True)  # progress
 BATCHES = (1, 256)  # sequences at a time, of which the time is measured
@@ -69,50 +68,9 @@ class Settings:
         return {key: getattr(self, key) for key in ("data_root", "device", "engine", "threads")}
 
 
-def load(path: Path, **place) -> SequenceModule:
-    """The trained network of a checkpoint, in evaluation mode, with its data in memory.
-
-    Args:
-        path: a .ckpt or a published .safetensors.
-        place: data_root, device, engine, threads; as in a run's config.
-
-    Raises:
-        ConfigError, DataError: no such checkpoint, one of another architecture, or data that is missing.
-    """
-    checkpoint = read_checkpoint(path)
-    run = config.read(OmegaConf.create(checkpoint["run"] | place))
-    prepare_process(run)
-    module = make_module(run, device_of(run)).to(device_of(run)).eval()
-    load_weights(module, checkpoint, path)
-    return module
-
-
-@torch.no_grad()
-def evaluate(
-    module: SequenceModule, split: str = "test", network: Network | None = None, batches: int | None = None
-) -> dict[str, float]:
-    """Metrics on a split, weighted by examples, as in a run's record; `inference_flops` per sequence.
-
-    Args:
-        module: as from `load`.
-        split: "validation" or "test".
-        network: in place of the module's.
-        batches: so many of the split; None: all.
-    """
-    network = network or module.network
-    sums = metrics.EpochSums(module.data.task, module.device)
-    torch.manual_seed(stage_seed(module.seed, split, 0))
-    loader = module.data.evaluation_batches(split)
-    count = min(len(loader), batches or len(loader))
-    for inputs, targets, lengths in track(islice(loader, count), split, count, transient=True, console=MESSAGES):
-        prediction, updates = network(inputs, lengths)
-        counts = metrics.state_updates(updates)
-        losses = metrics.task_loss(module.data.task, prediction, targets)
-        scores = metrics.score(module.data.task, prediction, targets)
-        sums.add(losses, scores, counts, module.model.cost_per_sample * counts)
-    results = sums.results()
-    flops = metrics.inference_flops(network.rnn, results["state_updates"], module.data.steps)
-    return results | {"inference_flops": flops}
+def told(batches: Iterable[Batch], count: int) -> Iterable[Batch]:
+    """The batches, while a bar tells how far it is."""
+    return track(batches, "evaluating", count, transient=True, console=MESSAGES)
 
 
 def without_skipping(network: Network) -> Network:
@@ -158,8 +116,8 @@ def compare(path: Path, settings: Settings) -> None:
     """Print metrics and times of a checkpoint beside those of the same network without skipping."""
     module = load(path, **settings.place)
     networks = {"as trained": module.network, "without skipping": without_skipping(module.network)}
-    measured = [evaluate(module, settings.split, network) for network in networks.values()]
-    score = metrics.SCORES[module.data.task]
+    measured = [evaluate(module, settings.split, network=network, shown=told) for network in networks.values()]
+    score = measures.SCORES[module.data.task]
     table = Table("", *networks, "ratio")
     for name, key, form in [
         (score, score, ".4f" if score == "accuracy" else ".3e"),
@@ -172,7 +130,7 @@ def compare(path: Path, settings: Settings) -> None:
         times = seconds_per_sequence(networks, module.data, settings.split, batch, settings.repetitions)
         values = [1e3 * seconds for seconds in times.values()]
         table.add_row(f"ms per sequence, batch {batch}", *(f"{value:.3g}" for value in values), _ratio(values))
-    where = provenance(module.device, engine_of(module, module.device))
+    where = provenance.describe(module.device, module.engine)
     print(f"{path}\n{settings.split} set, {module.data.examples[settings.split]:,} sequences;", end=" ")
     print(f"{where['device']}, engine {where['engine']}, threads: {where['threads']}")
     Console().print(table)
@@ -193,8 +151,8 @@ def verify(files: Sequence[Path], settings: Settings) -> int:
     for number, path in enumerate(files, start=1):
         module = load(path, **settings.place)
         recorded = read_checkpoint(path)["record"]["best"]["test"]
-        found = evaluate(module, "test", batches=module.protocol.evaluation_batches)
-        score = metrics.SCORES[module.data.task]
+        found = evaluate(module, batches=module.run.training.evaluation_batches, shown=told)
+        score = measures.SCORES[module.data.task]
         allowed = {score: TOLERANCE[score], "state_updates": TOLERANCE["state_updates"] * recorded["state_updates"]}
         same = all(abs(found[key] - recorded[key]) <= most for key, most in allowed.items())
         differing += not same

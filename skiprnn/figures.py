@@ -29,17 +29,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.console import Console
 from rich.progress import track
 
-from skiprnn import evaluate
 from skiprnn.data.base import DataError
 from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import Experiment, PlannedRun
+from skiprnn.papers import plan
+from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import MetricsFile, RunFolder, write_atomically
+from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
+from skiprnn.training.job import load
 from skiprnn.training.module import SequenceModule
 from skiprnn.views import samples as usage
 from skiprnn.views.samples import STYLE, WIDTH
@@ -81,7 +83,7 @@ class Row:
     @property
     def score(self) -> str:
         """What is measured: "accuracy" or "mse"."""
-        return next(name for name in metrics.SCORES.values() if name in self.records[0]["best"]["test"])
+        return metrics.SCORES[self.records[0]["task"]]
 
     def test(self, metric: str) -> tuple[float, float]:
         """Mean and sample standard deviation (0 for a single run) over the runs, on the test set at the best epoch."""
@@ -89,9 +91,11 @@ class Row:
         return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
     def epochs(self, metric: str) -> np.ndarray | None:
-        """A validation metric, (runs, epochs), of the runs that have metrics.csv and not the record alone."""
-        files = [file for run in self.runs if (file := run.path / MetricsFile.NAME).exists()]
-        return np.stack([pd.read_csv(file)[f"validation/{metric}"] for file in files]) if files else None
+        """A validation metric, (runs, epochs), of the runs whose metrics.csv has all epochs; None if none has."""
+        files = [run.metrics_file for run in self.runs if run.metrics_file.exists()]
+        columns = [read_metrics(file)[f"validation/{metric}"] for file in files]
+        most = max(map(len, columns), default=0)
+        return np.stack([column for column in columns if len(column) == most]) if most else None
 
     def best(self) -> RunFolder:
         """The run with the best validation score.
@@ -229,7 +233,7 @@ def curves(rows: Sequence[Row]) -> Figure:
     """
     rows = [row for row in rows if (done := row.epochs("state_updates")) is not None and done.shape[1] > 1]
     if not rows:
-        raise ConfigError(f"a curve needs {MetricsFile.NAME} of two epochs")
+        raise ConfigError("a curve needs metrics.csv of two epochs")
     figure = Figure((WIDTH, 3.2 + 0.09 * len(rows)))
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
@@ -281,7 +285,7 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[], Figure | s
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
     """A picture of the row's best run, from its checkpoint."""
     run = row.run
-    return draw(evaluate.load(row.best().best, data_root=run.data_root, device=run.device, threads=run.threads))
+    return draw(load(row.best().best, data_root=run.data_root, device=run.device, threads=run.threads))
 
 
 @matplotlib.rc_context(STYLE)
@@ -305,7 +309,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     """Draw what the complete runs allow; returns what was written, and what was left out and why.
 
     Args:
-        experiment, planned: as from skiprnn.papers.experiments.
+        experiment, planned: as from skiprnn.papers.plan.
         folder: of the experiment's table, below which the figures go; None: where skiprnn.tables puts it.
 
     Raises:
@@ -318,7 +322,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     target.mkdir(parents=True, exist_ok=True)
     done = sum(len(row.runs) for row in rows)
     lines = [f"{done} of {len(planned)} runs are complete; figures in {target}/"]
-    for name, draw in track(list(pictures(rows)), "drawing", transient=True, console=evaluate.MESSAGES):
+    for name, draw in track(list(pictures(rows)), "drawing", transient=True, console=Console(stderr=True)):
         try:
             lines += [f"  {file.name}" for file in write(draw(), target / name)]
         except (ConfigError, DataError) as error:
@@ -329,7 +333,7 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
 def main(arguments: Sequence[str]) -> None:
     """Draw an experiment's figures from the records and checkpoints that exist."""
     try:
-        experiment, planned, folder = experiments.requested(arguments)
+        experiment, planned, folder = plan.requested(arguments)
         if not experiment:
             raise ConfigError("experiment=NAME is missing: which figures?")
         print(publish(experiment, planned, folder))

@@ -20,10 +20,10 @@ from torch import Tensor
 from skiprnn.model import pretrained
 from skiprnn.model.policies import POLICIES
 from skiprnn.model.recurrent import CLASSES, Recurrent
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
-from skiprnn.training.folder import RunFolder, read_checkpoint, write_atomically
+from skiprnn.training.folder import RunFolder, write_atomically
 
 FILE = f"model{pretrained.SUFFIX}"
 CARD = """\
@@ -81,7 +81,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """The model card of a run's best checkpoint, from the run's record and the network's tensors."""
     data, model, training = (record["config"][part] for part in ("data", "model", "training"))
     best, git = record["best"], record["git"]
-    score = next(name for name in metrics.SCORES.values() if name in best["test"])
+    score = metrics.SCORES[record["task"]]
     digits = ".4f" if score == "accuracy" else ".3e"
     description = inspect.getdoc(get_class(data["_target_"])) or ""
     embedding = "; its input is the embedding of token ids, `embedding.weight`"
@@ -128,7 +128,7 @@ def _listed(settings: dict[str, Any], *but: str) -> str:
 
 def export(run: RunFolder, folder: Path) -> Path:
     """Write the weights and the model card of a complete run below folder/checkpoints; returns the weights' path."""
-    checkpoint, record = read_checkpoint(run.best), run.record()
+    checkpoint, record = run.checkpoint(run.best), run.record()
     tensors = {name.removeprefix("network."): tensor for name, tensor in checkpoint["state_dict"].items()}
     target = folder / "checkpoints" / record["name"] / FILE
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def export(run: RunFolder, folder: Path) -> Path:
 def main(arguments: Sequence[str]) -> None:
     """Publish the complete runs that the command line asks for."""
     try:
-        _, planned, folder = experiments.requested(arguments)
+        _, planned, folder = plan.requested(arguments)
         if not folder:
             raise ConfigError("publish=FOLDER is missing: where to?")
         complete = [one.folder for one in planned if one.folder.complete]

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before Triton is imported: then the GPU engine's kernels can be tested on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from skiprnn.data.ucf101.store import appending
-from skiprnn.training import config
+from skiprnn.training import config, job
 from skiprnn.training.config import RunConfig
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
+CONF = str(config.packaged("conf"))
 SMALL = [
     "training.epochs=4",
     "training.batch_size=256",
@@ -24,8 +27,6 @@ SMALL = [
     "device=cpu",
 ]
 
-if not torch.cuda.is_available():  # before Triton is imported: then the GPU engine's kernels can be tested on the CPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # bit-for-bit comparisons with subprocesses, which get threads=1
 
 
@@ -45,9 +46,17 @@ def small_run(tmp_path):
     return make
 
 
-def command(*arguments: str, script: str | None = None, **options) -> subprocess.CompletedProcess:
-    """Run `python -m skiprnn.train` (or a script that stands in for it) as a user's process."""
-    program = ["-c", script] if script else ["-m", "skiprnn.train"]
+def trained(run: RunConfig, draw=None) -> dict:
+    """The record of a run that is trained to its end."""
+    (record,) = job.train([run], draw)
+    return record
+
+
+def command(
+    *arguments: str, script: str | None = None, module: str = "skiprnn.train", **options
+) -> subprocess.CompletedProcess:
+    """Run `python -m skiprnn.train` (or another module, or a script that stands in for it) as a user's process."""
+    program = ["-c", script] if script else ["-m", module]
     return subprocess.run(
         [sys.executable, *program, *arguments], capture_output=True, text=True, check=False, timeout=600, **options
     )

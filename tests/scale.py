@@ -15,11 +15,12 @@ from pathlib import Path
 import hydra
 import numpy as np
 
-from skiprnn import dashboard, tables
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import PlannedRun
+from skiprnn import dashboard
+from skiprnn.papers import plan, statistics, table
+from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.plan import PlannedRun
+from skiprnn.training.config import packaged
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EPOCHS = 30
 
 
@@ -61,31 +62,31 @@ def told(what: str) -> Iterator[None]:
     print(f"{what}: {passed:.1f} s, {used:.1f} s of the processor", flush=True)
 
 
-def plan(combinations: Sequence[Sequence[str]]) -> list[PlannedRun]:
+def planned_runs(combinations: Sequence[Sequence[str]]) -> list[PlannedRun]:
     """The runs of a grid, by Hydra's composition."""
-    with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        return experiments.plan(None, combinations, lambda overrides: hydra.compose("config", list(overrides)))
+    with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
+        return plan.runs(None, combinations, lambda overrides: hydra.compose("config", list(overrides)))
 
 
 def main(runs: int) -> None:
     """Time each part."""
     with tempfile.TemporaryDirectory() as folder:
         with told(f"plan {runs} runs"):
-            planned = plan(grid(Path(folder), runs))
+            planned = planned_runs(grid(Path(folder), runs))
         with told("write made-up records"):
             for one in planned:
                 finish(one)
-        planned = plan(grid(Path(folder), runs))
+        planned = planned_runs(grid(Path(folder), runs))
         with told("scan: which are complete, how far are the others"):
             assert sum(one.folder.complete for one in planned) == len(planned)
             assert sum(one.folder.epochs_done() for one in planned) == EPOCHS * len(planned)
         with told("note the plan for who watches"):
-            experiments.save_plan(None, "scale", planned)
+            plan.save_plan(None, "scale", planned)
         with told("table: " + str(len({one.row.label for one in planned})) + " rows"):
-            experiment = experiments.Experiment("", "", "", ())
-            tables.layout(experiment, tables.rows(experiment, planned))
+            experiment = Experiment("", "", "", ())
+            table.layout(experiment, statistics.rows(experiment, planned))
         with told("page"):
-            html = dashboard.page(Path(folder))
+            html = dashboard.page(Path(folder), print)
         print(f"the page has {len(html) / 1e6:.1f} MB")
 
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, command, compose, make_small_ucf101
+from conftest import CONF, command, compose, make_small_ucf101, trained
 from omegaconf import OmegaConf
 
-from skiprnn import train
 from skiprnn.data.base import DataError
 from skiprnn.papers import experiments
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder, read_record
+from skiprnn.training.job import make_data, make_module
+from skiprnn.training.module import SideBySide
 
 
 def names(group: str) -> list[str]:
@@ -24,14 +27,11 @@ def names(group: str) -> list[str]:
 
 def one_training_step(run: config.RunConfig) -> None:
     """A step on the first real batch changes the weights and leaves them finite."""
-    module = train.make_module(run, torch.device("cpu"))
+    module = make_module(replace(run, device="cpu"))
     before = [parameter.detach().clone() for parameter in module.parameters()]
-    optimizer = module.configure_optimizers()
     inputs, targets, lengths = next(iter(module.data.training_batches(0)))
-    prediction, updates = module.network(inputs[:4], None if lengths is None else lengths[:4])
-    loss = train.metrics.task_loss(module.data.task, prediction, targets[:4]).mean()
-    (loss + run.model.cost_per_sample * train.metrics.state_updates(updates).mean()).backward()
-    optimizer.step()
+    module.begin("train", 0)
+    SideBySide([module]).training_step([(inputs[:4], targets[:4], None if lengths is None else lengths[:4])])
     after = list(module.parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in after)
@@ -83,11 +83,11 @@ def test_every_logger_logs(logger, traces, small_run, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = small_run(f"logger=[csv,{logger}]", "training.epochs=1")
-    train.train(run)
-    assert list(train.RunFolder(run).path.rglob(traces))
+    trained(run)
+    assert list(RunFolder(run).path.rglob(traces))
 
 
-ROWS = [(name, row) for name in names("../experiments") for row in experiments.load(name).rows]
+ROWS = [(name, row) for name in experiments.files() for row in experiments.load(name).rows]
 
 
 @pytest.mark.parametrize(("experiment", "row"), ROWS, ids=lambda value: getattr(value, "label", value))
@@ -127,15 +127,14 @@ def test_bad_settings_are_named(overrides, message):
 RECORDS = sorted(Path(CONF).parent.glob("results/**/*.json"))
 
 
-def test_every_published_record_still_has_its_hash():
-    records = [json.loads(file.read_text()) for file in RECORDS]
-    hashes = {
-        record["name"]: (record["hash"], RunConfig.of(record["config"]).hash)
-        for record in records
-        if "config" in record
-    }
-    assert len(hashes) > 200
+def test_every_published_record_still_has_its_hash_and_task():
+    records = {file: json.loads(file.read_text()) for file in RECORDS}
+    runs = {file: RunConfig.of(record["config"]) for file, record in records.items() if "config" in record}
+    assert len(runs) > 200
+    hashes = {record["name"]: (record["hash"], runs[file].hash) for file, record in records.items() if file in runs}
     assert [name for name, (published, now) in hashes.items() if now != published] == []
+    tasks = {str(file): (read_record(file, run)["task"], make_data(run).task) for file, run in runs.items()}
+    assert [file for file, (recorded, task) in tasks.items() if recorded != task] == []
 
 
 def test_a_later_option_is_part_of_what_a_run_is_unless_it_stands_at_its_default():
@@ -158,14 +157,14 @@ def test_a_retired_option_is_read_at_its_last_value_alone():
 
 def test_unknown_data_argument_is_named():
     with pytest.raises(ConfigError, match=r"data=digits: .*colour"):
-        train.make_data(config.read(compose(["+data.colour=red"])))
+        make_data(config.read(compose(["+data.colour=red"])))
 
 
 def test_what_shows_only_with_the_data_is_named(small_run):
     with pytest.raises(ConfigError, match=r"skip_lstm.*on digits: the compact engine can't run this: a learned"):
-        train.make_module(small_run("engine=compact"), torch.device("cpu"))
+        make_module(small_run("engine=compact"))
     with pytest.raises(ConfigError, match="on digits: batch_size 5000 with drop_last leaves none"):
-        train.make_module(small_run("training.batch_size=5000", "data.drop_last=true"), torch.device("cpu"))
+        make_module(small_run("training.batch_size=5000", "data.drop_last=true"))
 
 
 def test_command_line_shows_one_line_and_no_traceback(tmp_path):
@@ -178,4 +177,4 @@ def test_missing_data_names_both_ways_out(tmp_path, monkeypatch, small_run):
     monkeypatch.setenv("SKIPRNN_MIRROR", str(tmp_path / "nowhere"))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])
     with pytest.raises(DataError, match="connect to the internet, or set SKIPRNN_MIRROR"):
-        train.train(small_run("data=mnist", f"data_root={tmp_path}"))
+        trained(small_run("data=mnist", f"data_root={tmp_path}"))

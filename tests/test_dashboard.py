@@ -11,7 +11,7 @@ import scale
 from PIL import Image
 
 from skiprnn import dashboard
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.papers.experiments import Experiment
 from skiprnn.training.config import ConfigError
 
@@ -22,22 +22,22 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def output(tmp_path_factory):
     """A sweep of 40 runs, 37 complete, one halfway, one failed, one not begun; and a run that no sweep planned."""
     output = tmp_path_factory.mktemp("output")
-    planned = scale.plan(scale.grid(output, 40))
-    experiments.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
+    planned = scale.planned_runs(scale.grid(output, 40))
+    plan.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
     for number, one in enumerate(planned[:-1]):
         scale.finish(one, 13 if number < 2 else scale.EPOCHS)
     planned[0].folder.fail(RuntimeError("lost <everything>"))
     Image.new("RGB", (9, 9)).save(planned[0].folder.path / "usage.png")
-    (single,) = scale.plan([["model=gru", "data=adding", f"output={output}", "seed=7", "training.epochs=30"]])
+    (single,) = scale.planned_runs([["model=gru", "data=adding", f"output={output}", "seed=7", "training.epochs=30"]])
     single.folder.open().release()
     test = {"mse": 0.25, "state_updates": 50.0, "inference_flops": 1e6}
-    single.folder.finish({"best": {"epoch": 0, "test": test}})
+    single.folder.finish({key: {"epoch": 0, "test": test} for key in ("best", "final")})
     return output
 
 
 @pytest.fixture(scope="module")
 def html(output):
-    return dashboard.page(output)
+    return dashboard.page(output, print)
 
 
 def charts(html: str) -> list[dict]:
@@ -73,7 +73,7 @@ def test_page_shows_means_over_seeds_and_curves(html, output):
 def test_long_curves_are_thinned_and_end_at_the_last_epoch(tmp_path):
     file = tmp_path / "metrics.csv"
     file.write_text("epoch,validation/accuracy\n" + "".join(f"{epoch},{epoch / 1000}\n" for epoch in range(600)))
-    curve = dashboard.curve([file, tmp_path / "missing.csv"], "validation/accuracy")
+    curve = dashboard.curve([file, tmp_path / "missing.csv"], "validation/accuracy", print)
     assert len(curve) == dashboard.EPOCHS_DRAWN
     assert curve[-1] == [600, 0.599, 0.599, 0.599]
 
@@ -96,6 +96,31 @@ def test_command_writes_the_page(output, capsys):
     dashboard.main([str(output)])
     assert (output / "dashboard.html").read_text().startswith("<!doctype html>")
     assert str(output / "dashboard.html") in capsys.readouterr().out
+
+
+def test_damaged_files_are_told_and_the_page_is_made_without_them(tmp_path, capsys):
+    planned = scale.planned_runs(scale.grid(tmp_path, 40))
+    plan.save_plan(Experiment("", "Many runs", "", ()), "model=...", planned)
+    for one in planned:
+        scale.finish(one)
+    record, metrics, failure = (one.folder for one in planned[:3])
+    (single,) = scale.planned_runs([["model=gru", "data=adding", f"output={tmp_path}", "seed=7"]])
+    single.folder.open().release()
+    damaged = [record.record_file, metrics.metrics_file, single.folder.path / "config.yaml"]
+    damaged.append(tmp_path / "sweeps" / "0123abcd.json")
+    failure.record_file.unlink()
+    for file in (*damaged, failure.failure_file):
+        file.write_bytes(b'{"half": ')
+    with pytest.raises(SystemExit) as error:
+        dashboard.main([str(tmp_path)])
+    lines = str(error.value).splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert [sum(str(file) in line for line in lines) for file in damaged] == [1] * len(damaged)
+    assert len(lines) == len(damaged)
+    html = (tmp_path / "dashboard.html").read_text()
+    assert "20 runs: 18 complete, 0 begun, 2 failed, 0 waiting" in html
+    assert f"{record.record_file} is damaged; delete it" in html
+    assert f"{failure.failure_file} is damaged" in html
 
 
 def test_folder_without_runs(tmp_path, capsys):
@@ -147,6 +172,6 @@ def test_workspace_without_a_key(wandb_library, monkeypatch, tmp_path):
 
 
 def test_workspace_without_the_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(ConfigError, match="pip install wandb-workspaces"):
-        dashboard.workspace("someone", "skiprnn")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"--wandb needs wandb: pip install 'skiprnn\[wandb\]'"):
+        dashboard.save_workspace("someone/skiprnn")

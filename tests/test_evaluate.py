@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, trained
 from safetensors.torch import load_file, save_file
 
 import skiprnn
-from skiprnn import evaluate, publish, train
+from skiprnn import evaluate, publish
 from skiprnn.model import pretrained
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError
@@ -33,7 +33,7 @@ def published(small_run, tmp_path):
 
     def make(*overrides: str):
         run = small_run("training.epochs=1", "+training.train_batches=1", *overrides)
-        train.train(run)
+        trained(run)
         folder = runs.RunFolder(run)
         return folder, publish.export(folder, tmp_path / "published")
 

@@ -13,13 +13,14 @@ import pytest
 from conftest import CONF, compose
 from omegaconf import OmegaConf
 
-from skiprnn import train
-from skiprnn.papers import experiments
-from skiprnn.papers.experiments import Experiment, PlannedRun, Row, _last_wins
+from skiprnn.papers import experiments, plan
+from skiprnn.papers.experiments import Experiment, Row
+from skiprnn.papers.plan import PlannedRun, _last_wins
 from skiprnn.training.config import ConfigError
+from skiprnn.training.job import make_data
 
 PROFILE_FOLDER = Path(CONF, "profile")
-EXPERIMENTS = sorted(file.stem for file in experiments.FOLDER.glob("*.yaml"))
+EXPERIMENTS = sorted(experiments.files())
 PROFILES = sorted(
     file.relative_to(PROFILE_FOLDER).with_suffix("").as_posix() for file in PROFILE_FOLDER.glob("*/*.yaml")
 )
@@ -38,8 +39,8 @@ TABLE_1 = {
 
 
 @cache
-def plan(experiment: str, profile: str) -> list[PlannedRun]:
-    return experiments.plan(experiments.load(experiment), [[f"experiment={experiment}", f"profile={profile}"]], compose)
+def planned_runs(experiment: str, profile: str) -> list[PlannedRun]:
+    return plan.runs(experiments.load(experiment), [[f"experiment={experiment}", f"profile={profile}"]], compose)
 
 
 def test_unknown_experiment_is_named():
@@ -79,7 +80,7 @@ def test_rows_and_published_numbers_are_the_papers(name, file):
     """Row by row: cell, policy, p_skip, λ and length, and every published number."""
     with Path(os.environ["SKIPRNN_TABLES"], file).open(newline="") as table:
         expected = [{key: value for key, value in line.items() if value} for line in csv.DictReader(table)]
-    planned = [one for one in plan(name, f"{experiments.load(name).data}/paper") if one.run.seed == 0]
+    planned = [one for one in planned_runs(name, f"{experiments.load(name).data}/paper") if one.run.seed == 0]
     planned = [one for one in planned if "not in the paper" not in one.row.label]
     assert len(planned) == len(expected)
     for one, line in zip(planned, expected, strict=True):
@@ -89,7 +90,7 @@ def test_rows_and_published_numbers_are_the_papers(name, file):
         assert model.p_skip == (float(line["p_skip"]) if "p_skip" in line else None)
         assert model.cost_per_sample == float(line.get("lambda", 0))
         if "sequence_length" in line:
-            assert train.make_data(one.run).steps == int(line["sequence_length"])
+            assert make_data(one.run).steps == int(line["sequence_length"])
         stated = {}
         for key, value in line.items():
             if key == "task_solved":
@@ -121,7 +122,7 @@ def test_rows_and_published_numbers_are_the_papers(name, file):
     ],
 )
 def test_models_have_the_published_sizes(name, sizes):
-    for one in plan(name, f"{experiments.load(name).data}/smoke"):
+    for one in planned_runs(name, f"{experiments.load(name).data}/smoke"):
         assert dataclasses.asdict(one.run.model).items() >= sizes.items()
 
 
@@ -141,9 +142,9 @@ def test_every_experiment_has_a_profile():
 
 @pytest.mark.parametrize(("name", "profile"), FITTING)
 def test_every_row_composes_with_every_profile_that_fits(name, profile):
-    experiment, planned = experiments.load(name), plan(name, profile)
+    experiment, planned = experiments.load(name), planned_runs(name, profile)
     protocol = OmegaConf.load(PROFILE_FOLDER / f"{profile}.yaml")
-    rows = experiments.selected(experiment, protocol.get("rows"))
+    rows = plan.selected(experiment, protocol.get("rows"))
     assert [(one.row.label, one.run.seed) for one in planned] == [(r.label, s) for r in rows for s in protocol["seeds"]]
     assert {one.run.data["name"] for one in planned} == {experiment.data}
     assert {one.run.experiment for one in planned} == {name}
@@ -156,7 +157,7 @@ def test_every_row_composes_with_every_profile_that_fits(name, profile):
 
 
 def test_the_paper_profile_is_the_published_protocol():
-    runs = [one.run for one in plan("table1", "mnist/paper")]
+    runs = [one.run for one in planned_runs("table1", "mnist/paper")]
     assert [run.seed for run in runs] == [0, 1, 2, 3] * 8
     for run in runs:
         assert dataclasses.asdict(run.training) == {
@@ -166,6 +167,7 @@ def test_the_paper_profile_is_the_published_protocol():
             "gradient_clip": 1.0,
             "cost_free_epochs": 0,
             "decay_epochs": 0,
+            "warmup_epochs": 0,
             "train_batches": None,
             "evaluation_batches": None,
         }
@@ -180,14 +182,14 @@ def test_a_grid_multiplies_rows_and_names_its_own_seeds():
         for cost in (0, 1e-3)
         for seed in (5, 6)
     ]
-    runs = [one.run for one in experiments.plan(SKIP_ROW, grid, compose)]
+    runs = [one.run for one in plan.runs(SKIP_ROW, grid, compose)]
     assert [(run.seed, run.model.cost_per_sample) for run in runs] == [(5, 0), (6, 0), (5, 1e-3), (6, 1e-3)]
     assert len({run.name for run in runs}) == 4
 
 
 def test_what_the_user_says_wins_over_the_row():
     overridden = ["profile=digits/smoke", "data=digits", "model.cost_per_sample=0"]
-    (one,) = experiments.plan(SKIP_ROW, [overridden], compose)
+    (one,) = plan.runs(SKIP_ROW, [overridden], compose)
     assert one.run.data["name"] == "digits"
     assert one.run.model.cost_per_sample == 0
     assert one.overrides == (
@@ -208,23 +210,23 @@ def test_last_wins_keeps_one_override_per_key():
 
 def test_a_run_that_is_asked_for_twice_is_refused():
     with pytest.raises(ConfigError, match=r"the same run twice: mnist/skip_lstm_lambda0\.0001/seed0_"):
-        experiments.plan(SKIP_ROW, [["profile=mnist/smoke", "seed=0"]] * 2, compose)
+        plan.runs(SKIP_ROW, [["profile=mnist/smoke", "seed=0"]] * 2, compose)
     with pytest.raises(ConfigError, match="the same run twice"):  # as numbers they are one
-        experiments.plan(
+        plan.runs(
             SKIP_ROW, [["profile=mnist/smoke", f"model.cost_per_sample={cost}"] for cost in ("1e-4", "0.0001")], compose
         )
 
 
 def test_a_sweep_without_runs_is_refused():
     with pytest.raises(ConfigError, match="no runs"):
-        experiments.plan(SKIP_ROW, [], compose)
+        plan.runs(SKIP_ROW, [], compose)
 
 
 def test_rows_are_chosen_by_number(tmp_path):
     experiment = experiments.load("table1")
-    planned = experiments.plan(experiment, [["profile=mnist/cpu"]], compose)
+    planned = plan.runs(experiment, [["profile=mnist/cpu"]], compose)
     assert [one.row.label for one in planned] == [row.label for row in experiment.rows[:6]]
-    planned = experiments.plan(experiment, [["profile=mnist/cpu", "rows=[8,1]"]], compose)
+    planned = plan.runs(experiment, [["profile=mnist/cpu", "rows=[8,1]"]], compose)
     assert [one.row.label for one in planned] == [experiment.rows[7].label, experiment.rows[0].label]
     with pytest.raises(ConfigError, match=r"rows=\[9\]: table1 has rows 1 to 8"):
-        experiments.plan(experiment, [["rows=[9]"]], compose)
+        plan.runs(experiment, [["rows=[9]"]], compose)

@@ -7,28 +7,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL, compose, make_small_ucf101
+from conftest import SMALL, compose, make_small_ucf101, trained
 from matplotlib.colors import to_rgb
 from test_data_ucf101 import film
 
-from skiprnn import figures, train
+from skiprnn import figures
 from skiprnn.data.base import MIRROR
-from skiprnn.papers import experiments
+from skiprnn.papers import plan
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError
+from skiprnn.training.job import make_module
+from skiprnn.training.module import SequenceModule
 from skiprnn.views import samples as usage
 
 RED, BLUE = np.array(to_rgb(usage.USED)), np.array(to_rgb(usage.SKIPPED))
 
 
-def planned(output: Path, *arguments: str) -> list[experiments.PlannedRun]:
-    return experiments.requested([*arguments, f"output={output}"])[1]
+def planned(output: Path, *arguments: str) -> list[plan.PlannedRun]:
+    return plan.requested([*arguments, f"output={output}"])[1]
 
 
-def finish(one: experiments.PlannedRun, steps: int = 64, **test: float) -> None:
+def finish(one: plan.PlannedRun, steps: int = 64, **test: float) -> None:
     """The record of a complete run, as far as figures read it."""
     one.folder.path.mkdir(parents=True, exist_ok=True)
-    one.folder.finish({"best": {"test": test, "validation": test}, "steps": steps})
+    best = {"test": test, "validation": test}
+    one.folder.finish({"best": best, "final": best, "steps": steps})
 
 
 # curves of numbers
@@ -54,7 +57,7 @@ def test_tradeoff_has_a_curve_per_model_with_its_means_and_deviations(sweep):
     assert [axes.get_title() for axes in figure.axes] == ["LSTM", "GRU"]
     for axes in figure.axes:
         drawn = {container.get_label(): container for container in axes.containers}
-        assert list(drawn) == ["every step updates", "random steps, p_skip at the points", "Skip RNN, λ at the points"]
+        assert list(drawn) == ["RNN", "random steps, p_skip at the points", "Skip RNN, λ at the points"]
         line, _, (across, up) = drawn["Skip RNN, λ at the points"]
         np.testing.assert_allclose(line.get_xdata(), [34, 55, 61, 64])  # λ = 1e-2, 3e-3, 1e-3, 0
         np.testing.assert_allclose(line.get_ydata(), 0.5 + line.get_xdata() / 200)
@@ -155,10 +158,10 @@ def test_only_complete_runs_count_and_the_best_on_validation_is_shown(tmp_path):
 # what a network reads
 
 
-def lively(*overrides: str) -> train.SequenceModule:
+def lively(*overrides: str) -> SequenceModule:
     """An untrained network that uses some samples and skips others."""
     run = config.read(compose([*SMALL, *overrides]))
-    module = train.make_module(run, torch.device("cpu")).eval()
+    module = make_module(run).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.network.rnn.policy.parameters():
@@ -306,7 +309,7 @@ def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsy
     arguments += ["+training.train_batches=1", "+training.evaluation_batches=1"]
     runs = planned(tmp_path, *arguments)
     for one in runs[1:]:
-        train.train(one.run)
+        trained(one.run)
     target = tmp_path / "published"
     figures.main([*arguments, f"output={tmp_path}", f"publish={target}"])
     printed = capsys.readouterr().out

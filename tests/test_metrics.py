@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skiprnn import GRU, LSTM, SAGRU, SALSTM, RandomSkipGRU, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
-from skiprnn.training.measures import EpochSums, inference_flops, score, state_updates, task_loss
+from skiprnn.training.measures import EpochSums, Measured, inference_flops, measure, score, state_updates, task_loss
 
 CPU = torch.device("cpu")
 
@@ -16,11 +16,11 @@ CPU = torch.device("cpu")
 def test_epoch_sums_are_means_over_examples_of_unequal_batches(task, name):
     rng = np.random.default_rng(0)
     sizes = [7, 1, 4, 32]
-    values = [rng.gamma(2.0, 10.0, (4, size)) for size in sizes]  # losses, scores, updates, budget losses
+    values = [rng.gamma(2.0, 10.0, (4, size)) for size in sizes]  # in Measured's order
     sums = EpochSums(task, CPU)
     for batch in values:
-        sums.add(*torch.from_numpy(batch))
-    losses, scores, updates, budget = np.concatenate(values, 1)
+        sums.add(Measured(*torch.from_numpy(batch)))
+    losses, budget, scores, updates = np.concatenate(values, 1)
     results = sums.results()
     assert results.keys() == {"loss", "task_loss", "budget_loss", name, "state_updates", "state_updates_std"}
     assert results["task_loss"] == pytest.approx(losses.mean(), rel=1e-12)
@@ -38,7 +38,7 @@ def test_epoch_sums_of_equal_counts_have_no_spread():
     """All of 784 steps, as a plain LSTM updates: rounding must give 0, not the root of something negative."""
     sums = EpochSums("classification", CPU)
     for size in (256, 256, 31):
-        sums.add(torch.zeros(size), torch.ones(size), torch.full((size,), 784.0), torch.zeros(size))
+        sums.add(Measured(torch.zeros(size), torch.zeros(size), torch.ones(size), torch.full((size,), 784.0)))
     results = sums.results()
     assert results["state_updates"] == 784.0
     assert results["state_updates_std"] == 0.0
@@ -47,7 +47,7 @@ def test_epoch_sums_of_equal_counts_have_no_spread():
 
 def test_epoch_sums_of_one_example_have_no_spread():
     sums = EpochSums("regression", CPU)
-    sums.add(torch.tensor([0.5]), torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([0.25]))
+    sums.add(Measured(*torch.tensor([[0.5], [0.25], [1.0], [3.0]])))
     assert sums.results() == {
         "loss": 0.75,
         "task_loss": 0.5,
@@ -63,7 +63,7 @@ def test_epoch_sums_keep_no_graph_and_no_float32():
     sums = EpochSums("classification", CPU)
     losses = torch.full((100,), 0.1, requires_grad=True)
     for _ in range(100):
-        sums.add(losses, losses, losses, losses)
+        sums.add(Measured(losses, losses, losses, losses))
     assert not sums.sums.requires_grad
     assert sums.results()["task_loss"] == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
@@ -93,6 +93,17 @@ def test_state_updates_sum_over_steps_and_average_over_neurons():
 def published(flops: float) -> str:
     """Three digits, as the papers print them."""
     return f"{flops:.2e}"
+
+
+def test_the_loss_of_a_batch_by_hand():
+    """Half of the mean of 4, 0 and 9 squared; λ times the mean of 1, 2 and 0 updates; with neurons, of 1, 0.5 and 0."""
+    prediction, targets = torch.tensor([[2.0], [0.0], [-3.0]]), torch.zeros(3)
+    steps = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    measured = measure("regression", prediction, steps, targets, 0.25)
+    assert measured.loss.item() == pytest.approx((4 + 0 + 9) / 3 / 2 + 0.25 * (1 + 2 + 0) / 3)
+    neurons = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    measured = measure("regression", prediction, neurons, targets, 0.25)
+    assert measured.loss.item() == pytest.approx((4 + 0 + 9) / 3 / 2 + 0.25 * (1 + 0.5 + 0) / 3)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from conftest import SMALL, command
+from conftest import SMALL, command, trained
 from test_runs import assert_same_outcome
 
-from skiprnn import train
 from skiprnn.training import folder as runs
-from skiprnn.training.module import DivergedError
+from skiprnn.training import job
+from skiprnn.training.config import DivergedError
+from skiprnn.training.keeper import RunKeeper
+from skiprnn.training.module import SequenceModule
 
 MODELS = {
     "skip": ["model=skip_lstm", "model.cost_per_sample=1e-3"],
@@ -41,35 +43,35 @@ def records_without_pack(monkeypatch):
 def test_a_pack_equals_single_runs(model, seeds):
     alone, packed = seeds("alone", *MODELS[model]), seeds("packed", *MODELS[model])
     for run in alone:
-        train.train(run)
-    train.train_packed(packed)
+        trained(run)
+    job.train(packed)
     for one, other in zip(alone, packed, strict=True):
         assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
 
 
 def stop_after(monkeypatch, epochs: int) -> None:
     """Runs are interrupted when their keepers have written so many epochs."""
-    end = runs.RunKeeper.on_train_epoch_end
+    end = RunKeeper.on_train_epoch_end
 
     def stop(self, trainer, module):
         end(self, trainer, module)
         if trainer.current_epoch + 1 >= epochs:
             raise InterruptedError
 
-    monkeypatch.setattr(runs.RunKeeper, "on_train_epoch_end", stop)
+    monkeypatch.setattr(RunKeeper, "on_train_epoch_end", stop)
 
 
 def test_a_pack_continues_runs_begun_alone(seeds, monkeypatch):
     """One run is an epoch ahead, one has begun, one has not."""
     alone, packed = seeds("alone"), seeds("packed")
     for run in alone:
-        train.train(run)
+        trained(run)
     for run, epochs in zip(packed, (2, 1), strict=False):
         with monkeypatch.context() as patch:
             stop_after(patch, epochs)
             with pytest.raises(InterruptedError):
-                train.train(run)
-    train.train_packed(packed)
+                trained(run)
+    job.train(packed)
     for one, other in zip(alone, packed, strict=True):
         assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
 
@@ -77,31 +79,31 @@ def test_a_pack_continues_runs_begun_alone(seeds, monkeypatch):
 def test_single_runs_continue_a_pack(seeds, monkeypatch):
     alone, packed = seeds("alone"), seeds("packed")
     for run in alone:
-        train.train(run)
+        trained(run)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)  # the first run's checkpoint is an epoch ahead of the others'
         with pytest.raises(InterruptedError):
-            train.train_packed(packed)
+            job.train(packed)
     for run in packed:
-        train.train(run)
+        trained(run)
     for one, other in zip(alone, packed, strict=True):
         assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
 
 
 def test_a_diverged_run_leaves_the_others_alone(seeds, monkeypatch):
     alone, packed = seeds("alone"), seeds("packed")
-    results = train.SequenceModule.results
+    results = SequenceModule.results
 
     def diverging(self, stage):
-        if self.seed == 1 and self.current_epoch == 1:
-            raise DivergedError("the loss became nan")
+        if self.run.seed == 1 and self.epoch == 1:
+            raise DivergedError("seed 1: the loss became nan", self.run)
         return results(self, stage)
 
     for run in (alone[0], alone[2]):
-        train.train(run)
-    monkeypatch.setattr(train.SequenceModule, "results", diverging)
-    with pytest.raises(DivergedError, match=r"seed1_.*: the loss became nan"):
-        train.train_packed(packed)
+        trained(run)
+    monkeypatch.setattr(SequenceModule, "results", diverging)
+    with pytest.raises(DivergedError, match="seed 1: the loss became nan"):
+        job.train(packed)
     assert runs.RunFolder(packed[1]).failure_file.exists()
     assert not runs.RunFolder(packed[1]).complete
     for index in (0, 2):
@@ -114,3 +116,10 @@ def test_a_sweep_packs_the_seeds_of_a_row(tmp_path):
     assert done.returncode == 0, done.stderr
     packs = sorted(record.read_text().count('"pack": 2') for record in tmp_path.rglob("record.json"))
     assert packs == [0, 1, 1]
+
+
+def test_without_a_sweep_there_is_one_run(tmp_path):
+    done = command("pack=2", "seed=7", *SMALL, *SHORT, "training.epochs=1", f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.rglob("record.json")
+    assert record.parent.name.startswith("seed7_")

@@ -1,4 +1,4 @@
-"""The README's code runs, its make targets exist, and its files are there."""
+"""The code of README.md and of the pages that it links runs, make targets exist, and files are there."""
 
 import os
 import re
@@ -11,6 +11,8 @@ from skiprnn.papers import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "results/README.md", "conf/README.md", "experiments/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_python_examples_run():
@@ -22,7 +24,7 @@ def test_python_examples_run():
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z0-9-]+)", README))
+    named = {name for page in PAGES for name in re.findall(r"(?:`|^)make ([a-z0-9-]+)", page.read_text(), re.MULTILINE)}
     assert named
     assert named <= targets
 
@@ -54,11 +56,24 @@ def test_every_sweep_trains_and_then_draws_the_same_runs(data):
     assert set(draw[1:]) <= set(train)
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_first_page_is_short_and_leads_to_the_others():
+    assert len(README.splitlines()) <= 110
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", README)}
+    assert {page for page in PAGES[1:] if page.parent.name != "results"} <= linked
 
 
 def test_the_table_is_the_published_one():
-    assert (ROOT / "results" / "digits" / "table.md").read_text().split("\n\n")[0] in README
+    assert (ROOT / "results" / "table1" / "table.md").read_text().split("\n\n")[0] in README
+
+
+def test_commands_that_pages_name_exist():
+    """`python -m skiprnn.NAME`, and `skiprnn NAME` in a block."""
+    for page in PAGES:
+        for name in re.findall(r"python -m skiprnn\.(\w+)", page.read_text()):
+            assert (ROOT / "skiprnn" / f"{name}.py").exists() or (ROOT / "skiprnn" / name).is_dir(), (page, name)

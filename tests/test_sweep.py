@@ -4,21 +4,29 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from random import Random
 from subprocess import CompletedProcess
 
+import hydra
 import pytest
+import torch
 from conftest import SMALL, command, compose
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from test_runs import assert_same_outcome
 
-from hydra_plugins.skiprnn_submitit import SubmititLauncher
-from skiprnn import sweep, train
-from skiprnn.papers import experiments
-from skiprnn.training import config
-from skiprnn.training.config import ConfigError
+from skiprnn import sweep
+from skiprnn.papers import experiments, plan
+from skiprnn.papers import sweep as one_sweep
+from skiprnn.training import cluster, config, job, workers
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
 
@@ -26,16 +34,17 @@ SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "see
 KILLED_SWEEP = """
 import os, signal, sys
 from skiprnn import train
+from skiprnn.training import job
 
 count = int(sys.argv.pop(1))
-make_trainer = train.make_trainer
+make_trainer = job.make_trainer
 def killed(*arguments):
     global count
     count -= 1
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return make_trainer(*arguments)
-train.make_trainer = killed
+job.make_trainer = killed
 train.main()
 """
 
@@ -58,13 +67,16 @@ def test_killed_sweep_continues_with_what_is_incomplete(tmp_path):
 
 
 def test_failed_run_is_reported_at_the_end_and_the_others_finish(tmp_path):
-    rates = "training.learning_rate=1e30,1e-3"
-    done = command("-m", rates, *SMALL, "training.epochs=1", f"output={tmp_path}")
-    assert done.returncode == 1
-    assert "error: 1 of 2 runs failed:" in done.stderr
-    assert "lower training.learning_rate" in done.stderr
-    assert len(list(tmp_path.rglob("record.json"))) == 1
-    assert len(list(tmp_path.rglob("failed.json"))) == 1
+    rates = ["-m", "training.learning_rate=1e30,1e-3", *SMALL, "training.epochs=1", f"output={tmp_path}"]
+    for todo in (2, 0):  # a run that diverged is done, and not forgotten
+        done = command(*rates)
+        assert done.returncode == 1
+        assert f"{todo} of 2 runs to do" in done.stdout
+        assert "error: 1 of 2 runs failed:" in done.stderr
+        assert "lower training.learning_rate" in done.stderr
+        assert "failed.json to try again" in done.stderr
+        assert len(list(tmp_path.rglob("record.json"))) == 1
+        assert len(list(tmp_path.rglob("failed.json"))) == 1
 
 
 def test_experiment_in_two_processes_ends_in_its_table(tmp_path):
@@ -129,14 +141,14 @@ def test_bad_input_to_all_tables_gets_one_line(arguments, message, monkeypatch):
         sweep.main(arguments)
 
 
-# Python runs this when a process starts: the first ones to write a checkpoint get SIGNALS, one each.
+# Python runs this when a process starts: the first ones to write a file of that NAME get SIGNALS, one each.
 INTERRUPTED = """
 import os, pathlib, signal
 
 replace = pathlib.Path.replace
 def replace_and_be_interrupted(self, target):
     result = replace(self, target)
-    if pathlib.Path(target).name == "last.ckpt":
+    if pathlib.Path(target).name == os.environ["NAME"]:
         for number, name in enumerate(os.environ["SIGNALS"].split()):
             try:
                 pathlib.Path(__file__).with_name(f"{number}.sent").touch(exist_ok=False)
@@ -149,12 +161,12 @@ pathlib.Path.replace = replace_and_be_interrupted
 """
 
 
-def interrupted(folder, *signals: str) -> dict[str, str]:
-    """The environment in which processes are interrupted once they have written a checkpoint."""
+def interrupted(folder, *signals: str, name: str = "last.ckpt") -> dict[str, str]:
+    """The environment in which processes are interrupted once they have written a file."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(INTERRUPTED)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "SIGNALS": " ".join(signals)}
+    return os.environ | {"PYTHONPATH": path, "SIGNALS": " ".join(signals), "NAME": name}
 
 
 def assert_no_epoch_was_repeated(output, runs: int, epochs: int) -> None:
@@ -177,6 +189,88 @@ def test_sweep_outlives_killed_workers(tmp_path):
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=3, epochs=3)
 
 
+def processes_of(group: int) -> list[int]:
+    """The live ones of a process group."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group, *_ = file.read_text().rsplit(")", 1)[1].split()
+            if int(its_group) == group and state != "Z":
+                found.append(int(file.parent.name))
+    return found
+
+
+def wait_until(holds, process, seconds: float = 300) -> None:
+    """Poll until something holds that another process brings about; fail after so many seconds."""
+    for _ in range(int(seconds / 0.1)):
+        if holds():
+            return
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        signal.sigtimedwait([], 0.1 if process.poll() is not None else 0)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_sweep(number, tmp_path):
+    launcher = ["hydra/launcher=processes", "hydra.launcher.n_jobs=2", *SMALL, "training.epochs=1000000"]
+    program = [sys.executable, "-m", "skiprnn.train", "-m", "model=skip_lstm", "seed=0,1", *launcher]
+    sweep = subprocess.Popen([*program, f"output={tmp_path}"], start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2, sweep)
+        assert len(processes_of(sweep.pid)) > 2
+        sweep.send_signal(number)
+        assert sweep.wait() == -number
+        wait_until(lambda: not processes_of(sweep.pid), sweep)
+    finally:
+        for pid in processes_of(sweep.pid):
+            os.kill(pid, signal.SIGKILL)
+    for run in (one.run for seed in (0, 1) for one in planned_runs("model=skip_lstm", f"seed={seed}", *launcher[2:])):
+        folder = RunFolder(replace(run, output=str(tmp_path)))
+        folder.open().release()
+        assert folder.checkpoint(folder.last)["epoch"] >= 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path):
+    """A sweep of 8 runs, killed with all its processes at 20 random moments, ends as an undisturbed one."""
+    options = ["model=skip_lstm,random_skip_gru", "seed=range(4)", *SMALL, "training.epochs=150"]
+    program = [
+        sys.executable,
+        "-m",
+        "skiprnn.train",
+        "-m",
+        *options,
+        "hydra/launcher=processes",
+        "hydra.launcher.n_jobs=2",
+    ]
+    output = {name: tmp_path / name for name in ("killed", "undisturbed")}
+    assert command(*options, f"output={output['undisturbed']}").returncode == 0
+    random, kills = Random(0), 0
+
+    def epochs() -> int:
+        return sum(file.read_bytes().count(b"\n") - 1 for file in output["killed"].rglob("metrics.csv"))
+
+    while True:
+        sweep = subprocess.Popen([*program, f"output={output['killed']}"], start_new_session=True)
+        enough = epochs() + random.randint(0, 3)
+        if kills < 20:
+            wait_until(lambda enough=enough: epochs() > enough, sweep)
+            with suppress(subprocess.TimeoutExpired):
+                sweep.wait(random.uniform(0, 0.3))
+            os.killpg(sweep.pid, signal.SIGKILL)
+            kills += 1
+        if sweep.wait() == 0:
+            break
+    assert kills == 20
+    for file in sorted(output["undisturbed"].rglob("record.json")):
+        run = RunConfig.of(json.loads(file.read_text())["config"])
+        killed, undisturbed = (RunFolder(replace(run, output=str(output[name]))) for name in output)
+        assert_same_outcome(killed, undisturbed)
+    assert len(list(output["killed"].rglob("record.json"))) == 8
+    assert not list(output["killed"].glob("*/*/*/.*.*.*")), "leftovers"
+
+
 @pytest.mark.parametrize(
     "options",
     [["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"], ["seed=0"]],
@@ -188,7 +282,7 @@ def test_interrupted_by_its_user(options, tmp_path):
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # however the tests were started
     stopped = command(*arguments, env=environment, preexec_fn=listening)
     assert stopped.returncode == 1
-    assert stopped.stderr.splitlines()[-1] == train.INTERRUPTED, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == job.INTERRUPTED, stopped.stderr
     assert command(*arguments).returncode == 0
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2 if "-m" in options else 1, epochs=3)
 
@@ -201,46 +295,88 @@ def test_submitit_jobs_outlive_time_outs_and_kills(tmp_path):
     done = command(*arguments, *launcher, env=environment)
     assert done.returncode == 0, done.stderr
     assert "2 jobs submitted" in done.stdout
-    assert "a process was killed" in done.stdout
+    assert "died (gone), and its runs continue in another" in done.stdout
     logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
     assert "Requeued job" in logs
     assert_no_epoch_was_repeated(tmp_path / "runs", runs=2, epochs=3)
 
 
+LOCAL = ["hydra/launcher=slurm", "hydra.launcher.cluster=local"]
+
+
+def test_jobs_whose_time_is_always_up_too_early_are_given_up(tmp_path):
+    environment = interrupted(tmp_path / "signals", *["SIGUSR2"] * 3, name="config.yaml")
+    done = command("-m", "model=skip_lstm", "seed=0", *SMALL, *LOCAL, f"output={tmp_path / 'runs'}", env=environment)
+    assert done.returncode == 1
+    assert "was up before it came further" in done.stdout, "said after the first time"
+    reason = "3 times its time was up before it came any further: raise hydra.launcher.timeout_min"
+    assert reason in done.stderr.splitlines()[-1]
+
+
+def test_jobs_are_found_again(tmp_path):
+    arguments = ["-m", "model=skip_lstm", "seed=0,1", *SMALL, "training.epochs=1000000", *LOCAL, f"output={tmp_path}"]
+    program = [sys.executable, "-m", "skiprnn.train", *arguments]
+    first = subprocess.Popen(program, start_new_session=True, stdout=subprocess.DEVNULL)
+    second = None
+    try:
+        wait_until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 2, first)
+        first.kill()
+        first.wait()
+        second = subprocess.Popen(program, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        for line in second.stdout:
+            if "jobs" in line:
+                break
+        assert line == "2 runs are in jobs that were submitted before\n"
+    finally:
+        for group in [one.pid for one in (first, second) if one]:
+            for pid in processes_of(group):
+                os.kill(pid, signal.SIGKILL)
+        if second:
+            second.communicate()
+
+
 COST = "model.cost_per_sample"
 
 
-def planned_runs(*overrides: str) -> list[experiments.PlannedRun]:
-    return experiments.plan(None, [list(overrides)], compose)
+def planned_runs(*overrides: str) -> list[plan.PlannedRun]:
+    return plan.runs(None, [list(overrides)], compose)
 
 
-def test_sweep_gives_up_when_no_run_gets_further(tmp_path):
-    todo = planned_runs(f"output={tmp_path}")
-    launches = []
+class DyingWorkers:
+    """Stands for joblib.Parallel: its first job's runs end, then a worker dies."""
 
-    def launch(jobs):
-        launches.append(jobs)
+    def __init__(self, finished: int):
+        self.finished, self.launches = finished, []
+
+    def __call__(self, n_jobs, batch_size):
+        return self.launch
+
+    def launch(self, calls):
+        packs = [arguments[0] for _, arguments, _ in calls]
+        self.launches.append(len(packs))
+        if len(packs) <= self.finished:
+            return [{} for _ in packs]
+        for run in packs[0] if self.finished else ():
+            RunFolder(run).path.mkdir(parents=True)
+            RunFolder(run).finish({})
         raise BrokenExecutor("a worker died\nsomewhere")
 
-    assert sweep.launch_all(todo, launch) == [f"  {todo[0].run.name}: a worker died"]
-    assert len(launches) == sweep.ATTEMPTS
+
+def test_sweep_gives_up_when_no_run_gets_further(tmp_path, monkeypatch):
+    (one,) = planned_runs(f"output={tmp_path}")
+    dying = DyingWorkers(finished=0)
+    monkeypatch.setattr(workers, "Parallel", dying)
+    assert workers.Here(2).train([[one.run]], None) == {one.run.name: "a worker died"}
+    assert len(dying.launches) == workers.ATTEMPTS
 
 
-def test_sweep_starts_again_with_what_is_left(tmp_path):
-    todo = [one for seed in range(5) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
-    launches = []
-
-    def launch(jobs):
-        launches.append(len(jobs))
-        if len(jobs) == 1:
-            return [JobReturn(status=JobStatus.COMPLETED)]
-        (one,) = [one for one in todo if sweep.overrides([one]) == jobs[0]]
-        one.folder.path.mkdir(parents=True)
-        one.folder.finish({})
-        raise BrokenExecutor("a worker died")
-
-    assert sweep.launch_all(todo, launch) == []
-    assert launches == [5, 4, 3, 2, 1]
+def test_sweep_starts_again_with_what_is_left(tmp_path, monkeypatch):
+    todo = [one.run for seed in range(5) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
+    monkeypatch.setattr(RunFolder, "complete", property(lambda folder: folder.record_file.exists()))
+    dying = DyingWorkers(finished=1)
+    monkeypatch.setattr(workers, "Parallel", dying)
+    assert workers.Here(2).train([[run] for run in todo], None) == {}
+    assert dying.launches == [5, 4, 3, 2, 1]
 
 
 OVERRIDES = [
@@ -269,7 +405,7 @@ def test_plan_reads_overrides_as_hydra_does(overrides):
         except (ConfigError, HydraException) as error:
             return type(error), str(error)
 
-    assert outcome(experiments._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+    assert outcome(plan._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
 
 
 def test_plan_composes_once_per_choice_of_groups(tmp_path):
@@ -282,7 +418,7 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
     costs, seeds = [f"model.cost_per_sample={n}e-6" for n in range(50)], [f"seed={n}" for n in range(4)]
     models = ["model=skip_lstm", "model=skip_gru"]
     grid = [[model, cost, seed] for model in models for cost in costs for seed in seeds]
-    planned = experiments.plan(None, grid, count)
+    planned = plan.runs(None, grid, count)
     assert len({one.run.name for one in planned}) == 400
     assert len(composed) <= 1 + len(models)
 
@@ -290,56 +426,95 @@ def test_plan_composes_once_per_choice_of_groups(tmp_path):
 def test_plan_is_kept_for_who_watches(tmp_path):
     planned = [one for seed in (0, 3) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
     for _ in range(2):
-        experiments.save_plan(None, "seed=0,3 threads=1", planned)
-    (saved,) = experiments.saved_plans(tmp_path)
+        plan.save_plan(None, "seed=0,3 threads=1", planned)
+    (saved,) = plan.saved_plans(tmp_path, pytest.fail)
     assert (saved.experiment.title, saved.command) == ("seed=0,3", "seed=0,3 threads=1")
     assert [one.folder.path for one in saved.planned] == [one.folder.path for one in planned]
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
 
 
-def slurm_launcher(*overrides: str) -> SubmititLauncher:
+def slurm(*overrides: str, max_jobs: int | None = None) -> cluster.Cluster:
+    """What hydra/launcher=slurm makes of settings."""
     with_hydra = compose(["hydra/launcher=slurm", "output=runs", *overrides], return_hydra_config=True)
-    settings = OmegaConf.to_container(with_hydra.hydra.launcher, resolve=True)
-    assert settings.pop("_target_").endswith("SubmititLauncher")
-    return SubmititLauncher(**settings)
+    return hydra.utils.instantiate(with_hydra.hydra.launcher).place(Path("runs"), max_jobs)
 
 
-def test_slurm_jobs_have_a_gpu_each_and_are_requeued(tmp_path, monkeypatch):
-    (tmp_path / "srun").write_text("#!/bin/sh\n")
-    (tmp_path / "srun").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    executor = slurm_launcher("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long").executor()
+@pytest.fixture
+def no_slurm(tmp_path, monkeypatch):
+    """Programs of SLURM that do nothing, and nothing else on the path."""
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_slurm_jobs_have_a_gpu_each_and_are_requeued(no_slurm):
+    place = slurm("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long")
+    executor = place.executor(no_slurm, "python")
     script = executor._executor._make_submission_file_text("command", "id")
     flags = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {"gpus-per-node=1", "requeue", "signal=USR2@120", "time=30", "partition=long", "open-mode=append"} <= flags
+    assert "srun" in script
+    assert "--cpus-per-task=2 command" in script, "srun does not know what sbatch was given"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["timeout_min=2"], "timeout_min=2: a job is told 120 s before its time is up, and so at once; raise it"),
+        (["timeout_min=1", "slurm_signal_delay_s=90"], "timeout_min=1: a job is told 90 s before"),
+        (["runs_per_job=0"], "runs_per_job=0: must be at least 1"),
+        (["cluster=sge"], "sge"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message, no_slurm):
+    with pytest.raises(ConfigError, match=message):
+        slurm(*[f"hydra.launcher.{setting}" for setting in settings])
 
 
 def test_slurm_launcher_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="no srun; start the sweep on a login node"):
-        slurm_launcher().executor()
+    with pytest.raises(ConfigError, match="no sbatch; start the sweep on a login node"):
+        slurm()
 
 
 def test_unknown_setting_of_submitit():
-    launcher = slurm_launcher("hydra.launcher.cluster=local", "+hydra.launcher.slurm_gpu=1")
     with pytest.raises(ConfigError, match=r"hydra.launcher: .*gpu"):
-        launcher.executor()
+        slurm("hydra.launcher.cluster=local", "+hydra.launcher.slurm_gpu=1")
 
 
 def test_processes_take_turns_over_the_gpus(monkeypatch):
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     (planned,) = planned_runs("device=auto")
     devices = []
     for name in ("MainProcess", "LokyProcess-1", "LokyProcess-2", "LokyProcess-3"):
         monkeypatch.setattr(multiprocessing.current_process(), "name", name)
-        devices.append(str(train.device_of(planned.run)))
+        devices.append(str(job.device_of(planned.run)))
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 
 def test_seeds_of_a_row_share_a_job_where_there_is_a_gpu():
     todo = [one for seed in (0, 1) for cost in ("0", "1e-3") for one in planned_runs(f"seed={seed}", f"{COST}={cost}")]
     pages = planned_runs("logger=[csv,wandb]", "seed=0") + planned_runs("logger=[csv,wandb]", "seed=1")
-    assert [len(pack) for pack in sweep.packed(todo, gpu=True)] == [2, 2]
-    assert [len(pack) for pack in sweep.packed(todo, gpu=False)] == [1, 1, 1, 1]
-    assert [len(pack) for pack in sweep.packed(pages, gpu=True)] == [1, 1], "a process has one page"
+    todo, pages = [one.run for one in todo], [one.run for one in pages]
+    assert [len(pack) for pack in workers.packed(todo, gpu=True)] == [2, 2]
+    assert [len(pack) for pack in workers.packed(todo, gpu=False)] == [1, 1, 1, 1]
+    assert [len(pack) for pack in workers.packed(pages, gpu=True)] == [1, 1], "a process has one page"
+
+
+def test_the_other_profiles_of_the_data_are_told_with_their_time(monkeypatch, capsys, tmp_path):
+    """A row takes 3 s an epoch here and another 5 s, and each twice that at the paper's batch: 4 runs of 600 epochs."""
+    experiment = experiments.load("table1")
+    grid = [["experiment=table1", "rows=[1,4]", "profile=mnist/long", f"output={tmp_path}"]]
+    first_row = {"paper": 6, "smoke": 1.5, "cpu": 3}
+    monkeypatch.setattr(one_sweep, "seconds_per_epoch", lambda run: first_row[run.profile["name"]])
+    todo = plan.runs(experiment, grid, compose)
+    seconds = {one_sweep.kind_of(one): 3 if one.row.label == "LSTM" else 5 for one in todo}
+    one_sweep.tell_other_profiles(experiment, grid, compose, todo, seconds, workers=2)
+    told = capsys.readouterr().out
+    hours = 4 * 600 * (6 + 10) / 2 / 3600
+    assert f"profile=mnist/paper about {hours:.1f} h" in told
+    assert "profile=mnist/cpu" in told
+    assert "mnist/long" not in told

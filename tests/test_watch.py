@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import trained
 from PIL import Image
 
-from skiprnn import train
+from skiprnn.training import wandb_page as watch
 from skiprnn.training.config import ConfigError
-from skiprnn.training.folder import RunFolder, RunKeeper
-from skiprnn.views import wandb_page as watch
+from skiprnn.training.folder import RunFolder
+from skiprnn.training.keeper import RunKeeper
+from skiprnn.views.samples import picture
 
 BLOCK = 32768  # of a .wandb file, which is a LevelDB log
 
@@ -65,7 +67,7 @@ def wandb_run(small_run, tmp_path, monkeypatch):
 
 def test_offline_page_holds_history_summary_and_pictures(wandb_run):
     run = wandb_run("model.cost_per_sample=1e-3", "seed=3")
-    record = train.train(run)
+    record = trained(run, picture)
     (folder,) = (RunFolder(run).path / "wandb").glob("offline-run-*")
     page = read_page(folder)
     described = page["run"]
@@ -110,9 +112,9 @@ def test_a_page_per_run_and_one_for_a_resumed_run(wandb_run, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(RunKeeper, "_tell", stop)
         with pytest.raises(ConfigError, match="stopped after an epoch"):
-            train.train(run)
+            trained(run)
     for one in (run, other):
-        train.train(one)
+        trained(one)
     folders = [sorted((RunFolder(one).path / "wandb").glob("offline-run-*")) for one in (run, other)]
     assert [len(one) for one in folders] == [2, 1]
     first, continued, another = (read_page(folder) for folder in itertools.chain(*folders))

@@ -207,10 +207,12 @@ class IMDb(StoredData):
         table.uniform_(-INITIAL_RANGE, INITIAL_RANGE, generator=seeded(self.seed, "embeddings"))
         if self.vectors is None:
             return table
-        from gensim.models import KeyedVectors  # here, for it is slow to import and seldom wanted
-
         try:
+            from gensim.models import KeyedVectors  # here, for it is slow to import and seldom wanted
+
             known = KeyedVectors.load_word2vec_format(self.vectors, binary=".bin" in Path(self.vectors).suffixes)
+        except ModuleNotFoundError:
+            raise DataError("data.vectors needs gensim: pip install 'skiprnn[text]'") from None
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"cannot read the word2vec file {self.vectors}: {error}") from error
         if known.vector_size != width:

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 SUFFIX = ".safetensors"
@@ -17,6 +15,8 @@ KEY = "skiprnn"  # of the metadata entry that holds the record as JSON
 
 def serialise(record: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     """The content of a file, from a run's record and its network's tensors."""
+    from safetensors.torch import save
+
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {KEY: json.dumps(record)})
 
 
@@ -24,8 +24,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the tensors, on the CPU. Nothing in the file is executed.
 
     Raises:
-        ValueError: there is no such file, it is corrupt, or no published checkpoint.
+        ValueError: there is no such file, it is corrupt, or no published checkpoint; safetensors is not installed.
     """
+    try:
+        from safetensors import SafetensorError, safe_open  # here, for the model needs torch alone
+    except ModuleNotFoundError:
+        raise ValueError("checkpoints need safetensors: pip install 'skiprnn[experiments]'") from None
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: there is no such file")
     try:

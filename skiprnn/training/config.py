@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -14,8 +15,27 @@ from skiprnn.model.engines import ENGINES
 from skiprnn.model.policies import POLICIES
 
 
+def packaged(name: str) -> Path:
+    """The folder conf or experiments: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(folder for folder in (package / name, package.parent / name) if folder.is_dir())
+
+
 class ConfigError(ValueError):
     """A setting that cannot work; the message is one line that names the setting and the remedy."""
+
+
+class DivergedError(RuntimeError):
+    """A run's loss became nan or infinite.
+
+    Args:
+        message: one line.
+        run: whose.
+    """
+
+    def __init__(self, message: str, run: "RunConfig | None" = None):
+        super().__init__(message)
+        self.run = run
 
 
 ADDED = {

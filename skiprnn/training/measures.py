@@ -1,7 +1,9 @@
-"""What is measured: task loss, accuracy or squared error, state updates, FLOPs.
+"""What is measured: task loss, λ * state updates, accuracy or squared error, FLOPs.
 
 Shapes: B batch, T steps, H hidden, C classes.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,35 @@ SCORES = {"classification": "accuracy", "regression": "mse"}  # what `score` ave
 BETTER = {"classification": max, "regression": min}
 
 
+class Measured(NamedTuple):
+    """Of each sequence of a batch, (B,) each."""
+
+    task_loss: Tensor
+    budget_loss: Tensor  # λ * state updates
+    score: Tensor
+    state_updates: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """What is minimised: the mean of both losses over the batch."""
+        return self.task_loss.mean() + self.budget_loss.mean()
+
+
+def measure(task: str, prediction: Tensor, updates: Tensor, targets: Tensor, cost_per_sample: float) -> Measured:
+    """What a network did with a batch.
+
+    Args:
+        task: "classification" or "regression".
+        prediction: (B, C), or (B, 1).
+        updates: (B, T) or (B, T, H), see `state_updates`.
+        targets: (B,).
+        cost_per_sample: λ.
+    """
+    counts = state_updates(updates)
+    losses = task_loss(task, prediction, targets), cost_per_sample * counts
+    return Measured(*losses, score(task, prediction, targets), counts)
+
+
 class EpochSums:
     """Sums over an epoch's examples, kept on the device so that no step waits for it; weighted by examples.
 
@@ -51,22 +82,22 @@ class EpochSums:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.examples = 0
 
-    def add(self, losses: Tensor, scores: Tensor, updates: Tensor, budget_losses: Tensor) -> None:
-        """Add a batch; all (B,): task losses, scores, state updates and λ * state updates."""
-        entries = [losses, budget_losses, scores, updates, updates.double().square()]
+    def add(self, batch: Measured) -> None:
+        """Add what was measured of a batch."""
+        entries = [*batch, batch.state_updates.double().square()]
         self.sums += torch.stack([entry.detach().double().sum() for entry in entries])
-        self.examples += len(losses)
+        self.examples += len(batch.state_updates)
 
     def results(self) -> dict[str, float]:
         """Means over examples; `state_updates_std` is the sample standard deviation over examples."""
-        task, budget, score_sum, updates, squares = self.sums.tolist()
+        task, budget, scores, updates, squares = self.sums.tolist()
         n = max(self.examples, 1)
         variance = max(squares - updates**2 / n, 0.0) / max(n - 1, 1)
         return {
             "loss": (task + budget) / n,
             "task_loss": task / n,
             "budget_loss": budget / n,
-            SCORES[self.task]: score_sum / n,
+            SCORES[self.task]: scores / n,
             "state_updates": updates / n,
             "state_updates_std": variance**0.5,
         }

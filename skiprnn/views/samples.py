@@ -1,6 +1,7 @@
 """Pictures of what a trained network reads: test sequences with the used samples red and the skipped ones blue.
 
-Every function takes a module (skiprnn.evaluate.load gives one) and returns a matplotlib figure, a paper's column wide.
+Every function takes a module (skiprnn.training.job.load gives one) and returns a matplotlib figure, a paper's column
+wide.
 Shapes: T steps, I input, H neurons of all layers, C outputs.
 """
 
@@ -30,7 +31,7 @@ from skiprnn.data.imdb import CLASSES, PADDING, IMDb
 from skiprnn.data.ucf101 import UCF101
 from skiprnn.data.ucf101.extract import sample_frames
 from skiprnn.data.ucf101.store import FPS
-from skiprnn.model.policies import Policy
+from skiprnn.model.policies import POLICIES, Policy
 from skiprnn.training.config import ConfigError
 from skiprnn.training.measures import state_updates
 from skiprnn.training.module import SequenceModule
@@ -98,6 +99,19 @@ def of_policy(policy: type[Policy]) -> Callable[[SequenceModule], Figure] | None
     if not policy.learned:
         return None
     return usage if policy.family == "step" else neurons
+
+
+def picture(module: SequenceModule) -> Figure:
+    """What a network uses of a few test sequences: a Skip RNN samples, an SA-RNN neurons.
+
+    Raises:
+        ConfigError: nobody has said how to draw data of this kind, or the policy learns nothing.
+    """
+    policy = POLICIES[module.run.model.policy]
+    draw = of_policy(policy)
+    if draw is None:
+        raise ConfigError(f"policy {policy.name} learns nothing that could be seen")
+    return draw(module)
 
 
 # --- step policies: a picture for each kind of data ---
@@ -265,7 +279,9 @@ def words_page(module: SequenceModule, count: int = 10) -> str:
             for word, tag in zip(vocabulary[ids], np.where(used, "b", "span"), strict=True)
         )
         parts.append(f"<h2>Review {example.row}: {_review_title(example)}</h2>\n<p>{' '.join(marked)}</p>")
-    return PAGE.format(title=f"Words read by {module.model.name}", used=USED, skipped=SKIPPED, body="\n".join(parts))
+    return PAGE.format(
+        title=f"Words read by {module.run.model.name}", used=USED, skipped=SKIPPED, body="\n".join(parts)
+    )
 
 
 PAGE = """<!doctype html>

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -173,8 +174,10 @@ def extract(
         What was wrong with the videos that could not be read, which were left out.
 
     Raises:
-        DataError: no videos, a class without videos, weights or a store that do not fit.
+        DataError: no decoder, no videos, a class without videos, weights or a store that do not fit.
     """
+    if not find_spec("av"):
+        raise DataError("decoding videos needs av: pip install 'skiprnn[video]'")
     found = sorted(videos.glob("*/*.avi"))
     absent = sorted(set(classes) - {video.parent.name for video in found})
     if not found or absent:

@@ -3,16 +3,16 @@
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as lightning
 from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from skiprnn.model.policies import POLICIES
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, write_atomically
+from skiprnn.training.module import SequenceModule
 
 
 class UsagePictures(lightning.Callback):
@@ -20,32 +20,39 @@ class UsagePictures(lightning.Callback):
 
     Args:
         folder: of the run.
+        module: the run.
+        loggers: the run's.
+        draw: a matplotlib figure of the module; raises ConfigError where nothing is to be seen.
     """
 
     PICTURES = 10
 
-    def __init__(self, folder: RunFolder):
+    def __init__(
+        self,
+        folder: RunFolder,
+        module: SequenceModule,
+        loggers: Sequence[Logger],
+        draw: Callable[[SequenceModule], Any],
+    ):
         pictures = self.PICTURES if "wandb" in folder.run.logger else 1
         self.folder, self.every = folder, -(-folder.run.training.epochs // pictures)
+        self.module, self.loggers, self.draw = module, loggers, draw
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        from skiprnn.views import samples as usage  # here, for it needs matplotlib
-
-        draw = usage.of_policy(POLICIES[self.folder.run.model.policy])
         epoch = trainer.current_epoch
-        if draw is None or ((epoch + 1) % self.every and epoch + 1 < self.folder.run.training.epochs):
+        if (epoch + 1) % self.every and epoch + 1 < self.folder.run.training.epochs:
             return
-        module.network.eval()
+        self.module.eval()
         try:
-            figure = draw(module)
+            figure = self.draw(self.module)
         except ConfigError:
-            return  # nobody has said how to draw these data
+            return
         finally:
-            module.network.train()
+            self.module.train()
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150)
         write_atomically(self.folder.path / "usage.png", file.getvalue())
-        for logger in trainer.loggers:
+        for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("usage", [Image.open(file)], step=epoch)
 
@@ -54,9 +61,15 @@ def page_options(run: RunConfig) -> dict[str, Any]:
     """What makes a run's wandb page: the run's identity, so that a resumed run continues it.
 
     Offline, without a question, where there is no key or no server; `wandb sync` takes it online later.
+
+    Raises:
+        ConfigError: wandb is not installed.
     """
     os.environ.setdefault("WANDB_SILENT", "true")  # a sweep has a thousand of them
-    import wandb  # here, for it is slow to import and seldom wanted
+    try:
+        import wandb  # here, for it is slow to import and seldom wanted
+    except ModuleNotFoundError:
+        raise ConfigError("logger=wandb needs wandb: pip install 'skiprnn[wandb]'") from None
 
     name = run.data["name"]
     options = {
@@ -80,7 +93,7 @@ def page_options(run: RunConfig) -> dict[str, Any]:
 
 
 def summarise(loggers: Sequence[Logger], record: dict[str, Any]) -> None:
-    """Give the wandb page its summary: the test results of the epoch that is best on validation, as in the tables."""
+    """Give the wandb page its summary: the test results of the epoch that is best on validation."""
     best = record["best"]
     results = {f"test/{key}": value for key, value in best["test"].items()}
     for logger in loggers:

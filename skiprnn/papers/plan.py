@@ -1,0 +1,219 @@
+"""What a sweep or a table asks for: rows × grid × seeds -> runs; and a sweep's plan, kept for whoever watches."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from skiprnn.papers.experiments import Experiment, Row, load
+from skiprnn.training import config as configs
+from skiprnn.training.config import ConfigError, RunConfig, packaged
+from skiprnn.training.folder import RunFolder, write_atomically
+
+HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that a sweep or a table asks for."""
+
+    row: Row
+    run: RunConfig
+    overrides: tuple[str, ...]
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run)
+
+
+def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
+    """What a command line asks for: the experiment if it names one, the runs that a sweep over it has, publish=FOLDER.
+
+    How the sweep would be launched (hydra/...) is of no matter.
+
+    Raises:
+        ConfigError: an override that cannot work, an unknown experiment.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith(("publish=", "hydra/", "hydra."))]
+    folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
+
+    def compose(given: Sequence[str]) -> DictConfig:
+        return hydra.compose("config", list(given))
+
+    try:
+        grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
+        with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
+            name = compose(grid[0])["experiment"]
+            experiment = load(name) if name else None
+            return experiment, runs(experiment, grid, compose), folders[-1] if folders else None
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+
+
+def runs(
+    experiment: Experiment | None,
+    grid: Sequence[Sequence[str]],
+    compose: Callable[[list[str]], DictConfig],
+) -> list[PlannedRun]:
+    """All runs of a sweep: rows × grid × seeds, in that order.
+
+    Args:
+        experiment: its rows; None for a plain grid.
+        grid: combinations of overrides for every row. What varies in it, but for the seed, makes further rows. An
+            experiment's runs take the profile's seeds unless the grid names some.
+        compose: Hydra's composition of a list of overrides.
+
+    Raises:
+        ConfigError: nothing to run, or one run asked for twice.
+    """
+    rows: dict[str, list[PlannedRun]] = {}  # the runs of a row side by side
+    read = _Reader(compose)
+    numbers = compose(list(grid[0]))["rows"] if grid else None
+    occurrences = Counter(override for combination in grid for override in set(combination))
+    for row in selected(experiment, numbers) if experiment else [Row("")]:
+        for combination in grid:
+            overrides = _last_wins([*row.overrides, *combination])
+            varying = [one for one in combination if not one.startswith("seed=") and occurrences[one] < len(grid)]
+            label = ", ".join([row.label, *varying] if row.label else varying)
+            finals = [overrides]
+            if experiment and not any(override.startswith("seed=") for override in overrides):
+                finals = [[*overrides, f"seed={seed}"] for seed in read.seeds(overrides)]
+            rows.setdefault(label, []).extend(
+                PlannedRun(replace(row, label=label), read(final), tuple(final)) for final in finals
+            )
+    planned = [one for group in rows.values() for one in group]
+    if not planned:
+        raise ConfigError("the sweep holds no runs: check its overrides")
+    twice = sorted(name for name, count in Counter(one.run.name for one in planned).items() if count > 1)
+    if twice:
+        raise ConfigError(f"the sweep asks for the same run twice: {', '.join(twice)}")
+    return planned
+
+
+class _Reader:
+    """Overrides -> the checked run, for thousands of them: Hydra takes a tenth of a second to compose a config.
+
+    So it composes once per choice of config groups; plain values (`model.cost_per_sample=1e-5`) and the seed, which it
+    would set last, are set on the run. What cannot be set is left to Hydra, for its error.
+    """
+
+    SEED, VALUE = re.compile(r"seed=\d+"), re.compile(r"(\w+\.)+\w+=[\w.+-]+")
+
+    def __init__(self, compose: Callable[[list[str]], DictConfig]):
+        self.compose, self.parser = compose, OverridesParser.create()
+        self.composed = cache(lambda groups: compose(list(groups)))
+        self.base = cache(lambda groups: configs.read(self.composed(groups)))
+        self.but_for_seed = cache(self._but_for_seed)
+
+    def __call__(self, overrides: Sequence[str]) -> RunConfig:
+        seeds = [override for override in overrides if self.SEED.fullmatch(override)]
+        run = self.but_for_seed(tuple(override for override in overrides if override not in seeds))
+        return replace(run, seed=int(seeds[-1].removeprefix("seed="))) if seeds else run
+
+    def seeds(self, overrides: Sequence[str]) -> list[int]:
+        """The profile's."""
+        return self.composed(self._groups(overrides))["seeds"]
+
+    def _groups(self, overrides: Sequence[str]) -> tuple[str, ...]:
+        return tuple(override for override in overrides if not self.VALUE.fullmatch(override))
+
+    def _but_for_seed(self, overrides: tuple[str, ...]) -> RunConfig:
+        groups = self._groups(overrides)
+        try:
+            run = self.base(groups)
+            for value in self.parser.parse_overrides([one for one in overrides if one not in groups]):
+                group, key = value.get_key_element().split(".", 1)
+                if OmegaConf.select(self.composed(groups), f"{group}.{key}", default=self) is self:
+                    raise ConfigError(f"no {key} in {group}")
+                section = OmegaConf.create(getattr(run, group))
+                OmegaConf.update(section, key, value.value())
+                changed: dict[str, Any] = {group: OmegaConf.to_object(section)}
+                run = replace(run, **changed)
+        except (OmegaConfBaseException, ConfigError):
+            return configs.read(self.compose(list(overrides)))
+        return run
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """What a sweep planned, as it is kept in OUTPUT/sweeps/ for whoever watches."""
+
+    experiment: Experiment  # its rows are the planned ones; of a plain grid, the title is what the command asks for
+    command: str  # the overrides, as typed
+    planned: tuple[PlannedRun, ...]
+
+
+def save_plan(experiment: Experiment | None, command: str, planned: Sequence[PlannedRun]) -> None:
+    """Keep a sweep's plan; the same runs, planned again, replace it. A row's runs differ in the seed alone."""
+    told = [one for one in command.split() if one.split("=")[0] not in HOW]
+    experiment = experiment or Experiment("", " ".join(told), "", ())
+    rows: dict[str, dict[str, Any]] = {}
+    for one in planned:
+        identity = one.run.identity
+        seed = identity.pop("seed")
+        row = {"label": one.row.label, "published": one.row.published, "config": identity, "seeds": []}
+        rows.setdefault(one.row.label, row)["seeds"].append(seed)
+    folder = Path(planned[0].run.output) / "sweeps"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={planned[0].run.output}: cannot write {folder}: {error.strerror}") from None
+    content = {
+        "experiment": asdict(replace(experiment, rows=())),
+        "command": command,
+        "profile": planned[0].run.profile,
+        "rows": list(rows.values()),
+    }
+    digest = hashlib.sha256(" ".join(one.run.name for one in planned).encode()).hexdigest()[:8]
+    write_atomically(folder / f"{digest}.json", json.dumps(content).encode())
+
+
+def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
+    """The plans of all sweeps into an output folder, latest first; what is wrong with the others is told."""
+    files = sorted((output / "sweeps").glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    plans = []
+    for file in files:
+        try:
+            content = json.loads(file.read_bytes())
+            settings = {"output": str(output), "profile": content["profile"]}
+            planned = [
+                PlannedRun(row, RunConfig.of(entry["config"] | {"seed": seed}, **settings), ())
+                for entry in content["rows"]
+                for row in [Row(entry["label"], published=entry["published"])]
+                for seed in entry["seeds"]
+            ]
+            plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
+        except (ValueError, KeyError, TypeError):
+            tell(f"{file} is damaged, or another version's; delete it, and the sweep's next start writes it again")
+    return plans
+
+
+def selected(experiment: Experiment, numbers: Sequence[int] | None) -> list[Row]:
+    """The experiment's rows with these numbers, from 1; all for None.
+
+    Raises:
+        ConfigError: there is no such row.
+    """
+    if numbers is None:
+        return list(experiment.rows)
+    count = len(experiment.rows)
+    if not numbers or not all(isinstance(number, int) and 1 <= number <= count for number in numbers):
+        raise ConfigError(f"rows={list(numbers)}: {experiment.name} has rows 1 to {count}")
+    return [experiment.rows[number - 1] for number in numbers]
+
+
+def _last_wins(overrides: Sequence[str]) -> list[str]:
+    """One override per key, the last one given: what a user says comes after what a row says."""
+    return list({override.split("=", 1)[0]: override for override in overrides}.values())

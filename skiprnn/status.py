@@ -1,0 +1,106 @@
+"""How far sweeps are: what is queued, running, complete, failed; from the queue and the run folders.
+
+python -m skiprnn.status [outputs]
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from skiprnn.papers.plan import PlannedRun, saved_plans
+from skiprnn.training import cluster
+from skiprnn.training.config import ConfigError
+
+STATES = ("complete", "running", "queued", "stopped", "failed", "waiting")
+TOLD = 30  # runs of a state that are named
+
+
+def in_jobs(output: Path) -> dict[str, tuple[str, str]]:
+    """The runs that jobs have: name -> state, and the job with what the queue says of it.
+
+    Raises:
+        ConfigError: the queue does not answer.
+    """
+    jobs = cluster.submitted((output / "submitit").resolve())
+    known = cluster.states(jobs)
+    runs: dict[str, tuple[str, str]] = {}
+    for job in jobs:
+        state, reason = known[job.id]
+        if state in ("RUNNING", "COMPLETING"):
+            said = "running", f"job {job.id}"
+        elif state not in cluster.OVER:
+            said = "queued", f"job {job.id}, {state.lower()}: {reason}"
+        else:
+            continue
+        runs |= {name: said for pack in job.packs for name in pack}
+    return runs
+
+
+def locked_files() -> set[int]:
+    """Inodes of the files that processes of this machine have locked, as Linux tells it: no lock is tried."""
+    file = Path("/proc/locks")
+    return {int(line.split()[-3].split(":")[2]) for line in file.read_text().splitlines()} if file.exists() else set()
+
+
+def state_of(one: PlannedRun, jobs: Mapping[str, tuple[str, str]], locked: set[int]) -> tuple[str, str]:
+    """One of STATES, and what there is to say of it."""
+    folder, epochs = one.folder, one.run.training.epochs
+    lock = folder.path / ".lock"
+    if folder.complete:
+        return "complete", ""
+    done = folder.epochs_done()
+    how_far = f"epoch {done} of {epochs}"
+    if one.run.name in jobs:
+        state, job = jobs[one.run.name]
+        return state, f"{how_far}, {job}" if done else job
+    if lock.exists() and lock.stat().st_ino in locked:
+        return "running", how_far
+    if folder.failure:
+        return "failed", folder.failure
+    return ("stopped", how_far) if done else ("waiting", "")
+
+
+def report(output: Path) -> str:
+    """How far the sweeps into an output folder are, the latest last.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    lines: list[str] = []
+    plans = saved_plans(output, lines.append)
+    if not plans:
+        raise ConfigError("\n".join([*lines, f"{output}: no sweeps here; give the folder that was output= of one"]))
+    jobs: dict[str, tuple[str, str]] = {}
+    try:
+        jobs = in_jobs(output)
+    except ConfigError as error:
+        lines.append(f"what is queued is not known: {error}")
+    locked = locked_files()
+    for plan in reversed(plans):
+        states = {one.run.name: state_of(one, jobs, locked) for one in plan.planned}
+        counts = Counter(state for state, _ in states.values())
+        told = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+        lines += [f"{plan.experiment.title}: {told}", *([f"  {plan.command}"] if plan.experiment.name else [])]
+        for state in ("running", "queued", "stopped", "failed"):
+            names = [name for name, (found, _) in states.items() if found == state]
+            lines += [f"  {state:8} {name}  {states[name][1]}" for name in names[:TOLD]]
+            lines += [f"  {state:8} {len(names) - TOLD} more"] if len(names) > TOLD else []
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(
+        prog="skiprnn status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders")
+    try:
+        print(report(parser.parse_args(arguments).output))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

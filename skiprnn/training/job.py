@@ -1,0 +1,301 @@
+"""What trains runs: the device, the data, the trainer; from the run folders to the records.
+
+The only place that instantiates what a config names.
+"""
+
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from hydra.utils import get_class, instantiate
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from skiprnn.data.base import DataError, SequenceData
+from skiprnn.training import provenance, wandb_page
+from skiprnn.training.config import ConfigError, DivergedError, RunConfig
+from skiprnn.training.folder import RunFolder, StorageError, load_weights, read_checkpoint
+from skiprnn.training.keeper import RunKeeper
+from skiprnn.training.module import SequenceModule, SideBySide, evaluate
+
+# one line says it all; everything else keeps its traceback
+USER_ERRORS = (ConfigError, DataError, DivergedError, StorageError)
+INTERRUPTED = "interrupted: the same command continues"
+
+Draw = Callable[[SequenceModule], Any]  # a matplotlib figure
+
+
+def device_of(run: RunConfig) -> torch.device:
+    """The device that `device` stands for.
+
+    Raises:
+        ConfigError: cuda without a GPU; or SLURM gave one, and torch does not see it: no weeks on a CPU then.
+    """
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    if given and run.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{socket.gethostname()}: the job has a GPU and torch {torch.__version__} sees none; "
+            "hydra.launcher.gpus_per_node=0 trains on CPUs"
+        )
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
+    if run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    worker = re.search(r"\d+$", multiprocessing.current_process().name)  # a sweep's processes take turns over the GPUs
+    return torch.device("cuda", int(worker[0]) % torch.cuda.device_count() if worker else 0)
+
+
+def prepare_process(run: RunConfig) -> None:
+    """Threads, and numbers too small to be normal as 0: over hundreds of steps gradients fade into them, and they are
+    slow beyond measure on a CPU."""
+    provenance.code_version()  # asked before the run, not after it
+    torch.set_flush_denormal(True)
+    if threads := run.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
+        torch.set_num_threads(threads)
+
+
+def quieten() -> None:
+    """Lightning's remarks on its own set-up say nothing to our users."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+
+
+def make_data(run: RunConfig) -> SequenceData:
+    """The data set of a run, not yet loaded.
+
+    Raises:
+        ConfigError: an argument that the data class does not have, or that cannot work.
+    """
+    arguments = {key: value for key, value in run.data.items() if key not in ("_target_", "name")}
+    try:
+        data_class = get_class(run.data["_target_"])
+        return data_class(**arguments, batch_size=run.training.batch_size, seed=run.seed, root=run.data_root)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data={run.data['name']}: {error}") from None
+
+
+def make_module(run: RunConfig) -> SequenceModule:
+    """The run with its data, on its device.
+
+    Raises:
+        ConfigError: a batch larger than the data, or an engine that does not serve the model.
+        DataError: data that is missing.
+    """
+    device = device_of(run)
+    prepare_process(run)
+    data = make_data(run)
+    data.prepare()
+    data.load(device)
+    module = SequenceModule(run, data)
+    try:
+        data.training_batches(0)
+        _ = module.engine
+    except ValueError as error:
+        raise ConfigError(f"{run.row} on {run.data['name']}: {error}") from None
+    return module
+
+
+def load(path: Path, **place: Any) -> SequenceModule:
+    """The trained network of a checkpoint, in evaluation mode, with its data in memory.
+
+    Args:
+        path: a .ckpt or a published .safetensors.
+        place: data_root, device, engine, threads; as in a run's config.
+
+    Raises:
+        ConfigError, DataError: no such checkpoint, one of another architecture, or data that is missing.
+    """
+    checkpoint = read_checkpoint(path)
+    module = make_module(RunConfig.of(checkpoint["run"], **place))
+    load_weights(module, checkpoint, path)
+    return module.eval()
+
+
+def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str, Any]]:
+    """Train runs side by side to their end, each from where it stopped if it was begun before; returns their records.
+
+    Args:
+        runs: one, or several that differ in the seed. Those that lag behind first catch up.
+        draw: the picture of what a network uses that is kept in the run folder; None: no picture.
+
+    Raises:
+        ConfigError, DataError: something is missing or does not fit.
+        DivergedError: runs whose loss became nan or infinite, after all others were trained to their end.
+        StorageError: a file cannot be written.
+        KeyboardInterrupt: the user stopped it.
+        A run that fails says why in its failed.json.
+    """
+    device_of(runs[0])  # refused before anything is written
+    folders = [RunFolder(run) for run in runs]
+    left = [folder for folder in folders if not folder.complete]
+    diverged = []
+    with ExitStack() as locks:
+        for folder in left:
+            locks.callback(folder.open().release)
+        while left:
+            try:
+                _advance(left, draw)
+            except DivergedError as error:
+                (failed,) = (folder for folder in left if folder.run == error.run)
+                failed.fail(error)
+                left.remove(failed)
+                diverged.append(str(error))
+            except USER_ERRORS as error:
+                for folder in left:
+                    folder.fail(error)
+                raise
+            left = [folder for folder in left if not folder.complete]
+    if diverged:
+        raise DivergedError("; ".join(diverged))
+    return [folder.record() for folder in folders]
+
+
+def _advance(folders: Sequence[RunFolder], draw: Draw | None) -> None:
+    """Train the runs that lag behind as far as the next one is, or else all to the end and write their records."""
+    checkpoints = [folder.checkpoint(folder.last) if folder.last.exists() else None for folder in folders]
+    done = [progress_of(checkpoint) for checkpoint in checkpoints]
+    behind = [(f, c) for f, c, one in zip(folders, checkpoints, done, strict=True) if one == min(done)]
+    epochs = folders[0].run.training.epochs
+    until = min((epoch + (batches > 0) for epoch, batches in done if (epoch, batches) > min(done)), default=epochs)
+    modules, keepers = [], []
+    callbacks: list[lightning.Callback] = []
+    try:
+        for folder, checkpoint in behind:
+            module, loggers = make_module(folder.run), make_loggers(folder)
+            keeper = RunKeeper(folder, module, loggers, quiet=has_bar())
+            modules.append(module)
+            keepers.append(keeper)
+            callbacks += [wandb_page.UsagePictures(folder, module, loggers, draw)] if draw else []
+            callbacks.append(keeper)
+            if checkpoint:
+                restore(folder, checkpoint, module, keeper)
+        trainer = make_trainer(folders[0].run, modules[0].device, until, callbacks)
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        progress.processed = progress.completed = min(done)[0]
+        fit(trainer, SideBySide(modules))
+        if until == epochs:
+            for keeper in keepers:
+                record = make_record(keeper) | {"pack": len(keepers)}
+                wandb_page.summarise(keeper.loggers, record)
+                keeper.folder.finish(record)
+    finally:
+        complete = all(keeper.folder.complete for keeper in keepers)
+        for keeper in keepers:
+            for logger in keeper.loggers:
+                logger.finalize("success" if complete else "failed")
+        wandb_page.close_page(complete)
+
+
+def progress_of(checkpoint: dict[str, Any] | None) -> tuple[int, int]:
+    """Epochs, and batches of the next one, that a last.ckpt holds."""
+    if checkpoint is None:
+        return 0, 0
+    return checkpoint["epoch"] + 1, checkpoint.get("within_epoch", {"batches": 0})["batches"]
+
+
+def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModule, keeper: RunKeeper) -> None:
+    """Go on from the run's last checkpoint.
+
+    Raises:
+        ConfigError: what it holds does not fit.
+    """
+    load_weights(module, checkpoint, folder.last)
+    try:
+        (state,) = checkpoint["optimizer_states"]
+        module.adam.load_state_dict(state)
+        keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
+
+
+def make_loggers(folder: RunFolder) -> list[Logger]:
+    """The loggers of the run's config, in its folder."""
+    page = wandb_page.page_options(folder.run) if "wandb" in folder.run.logger else {}
+    return [
+        instantiate(logger, _partial_=True)(save_dir=str(folder.path), **(page if name == "wandb" else {}))
+        for name, logger in folder.run.logger.items()
+    ]
+
+
+def has_bar() -> bool:
+    """Whether progress is a bar on a terminal, rather than a line now and then."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def make_trainer(
+    run: RunConfig, device: torch.device, epochs: int, callbacks: Sequence[lightning.Callback]
+) -> lightning.Trainer:
+    """Lightning's trainer, by the run's protocol, up to an epoch."""
+    return lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index] if device.type == "cuda" else 1,
+        max_epochs=epochs,
+        limit_train_batches=run.training.train_batches or 1.0,
+        limit_val_batches=run.training.evaluation_batches or 1.0,
+        logger=False,
+        callbacks=[*callbacks, *([RichProgressBar(leave=False)] if has_bar() else [])],
+        plugins=[LightningEnvironment()],  # a SLURM job's requeueing is its launcher's
+        enable_checkpointing=False,
+        enable_progress_bar=has_bar(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def fit(trainer: lightning.Trainer, runs: SideBySide) -> None:
+    """Train.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it, which Lightning answers by leaving the program.
+    """
+    try:
+        trainer.fit(runs)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
+def make_record(keeper: RunKeeper) -> dict[str, Any]:
+    """Results of the final and of the best-validation epoch, and where they come from.
+
+    Raises:
+        ConfigError: best.ckpt is not of the best epoch, or unusable.
+    """
+    folder, module, data = keeper.folder, keeper.module.eval(), keeper.module.data
+    assert keeper.final is not None
+    assert keeper.best is not None
+    batches = folder.run.training.evaluation_batches
+    final = best = keeper.final | {"test": evaluate(module, "test", batches)}
+    if keeper.best["epoch"] != keeper.final["epoch"]:
+        checkpoint = folder.checkpoint(folder.best)
+        if checkpoint["epoch"] != keeper.best["epoch"]:
+            raise ConfigError(f"checkpoint {folder.best} is not of the best epoch; delete {folder.path} to begin anew")
+        load_weights(module, checkpoint, folder.best)
+        best = keeper.best | {"test": evaluate(module, "test", batches)}
+    return {
+        "task": data.task,
+        "final": final,
+        "best": best,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "examples": data.examples,
+        "steps": data.steps,
+        "solved_at": data.solved_at,
+        "input_flops": data.input_flops,
+        "note": data.note,
+        "seconds": keeper.seconds,
+        "examples_per_second": keeper.trained["examples"] / keeper.trained["seconds"],
+        "completed": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commits": keeper.commits,
+    } | provenance.describe(module.device, module.engine)

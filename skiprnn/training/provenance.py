@@ -1,0 +1,52 @@
+"""Where a result comes from: the commit, the versions, the machine."""
+
+import functools
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SNAPSHOT = "snapshot.json"  # in a copy of this package outside its repository: the code_version that it is of
+RECORDED_PACKAGES = ("skiprnn", "torch", "pytorch-lightning", "numpy")
+
+
+@functools.cache
+def code_version() -> dict[str, Any] | None:
+    """The git commit, and whether files differ from it, when this process first asked: what is committed later is not
+    what it runs. Untracked files count where code and settings are.
+
+    None where no repository tracks this package: an installed one may lie inside somebody else's.
+    """
+    package = Path(__file__).parents[1]
+    if (file := package / SNAPSHOT).exists():
+        return json.loads(file.read_text())
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "--", package.name):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        added = git(
+            "ls-files", "--others", "--exclude-standard", "--", package.name, "conf", "experiments", "hydra_plugins"
+        )
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed or added)}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(device: torch.device, engine: str) -> dict[str, Any]:
+    """Of a result computed now by this process: code, versions, machine."""
+    return {
+        "git": code_version(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "engine": engine,
+    }

@@ -1,0 +1,289 @@
+"""Sweeps on a real SLURM: whatever happens to jobs, to the login process or to the controller, records are the same."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, command
+from daemons import PROGRAMS, Slurm
+from test_runs import assert_same_outcome
+from test_sweep import interrupted
+
+from skiprnn.training.config import RunConfig
+from skiprnn.training.folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.mem_gb=1"]
+HELD = "hydra.launcher.slurm_additional_parameters={requeue:true,hold:true}"
+TINY = [one for one in SMALL if one not in ("threads=1", "training.epochs=4")]
+LONG = 10**6  # epochs: until it is ended
+
+
+class Login:
+    """A login node's process with a sweep."""
+
+    def __init__(
+        self, slurm, output: Path, *arguments: str, root: Path = ROOT, environment: dict[str, str] | None = None
+    ):
+        self.slurm, self.output = slurm, output
+        self.said = output.with_name(f"{output.name}.{len(list(output.parent.iterdir()))}")
+        self.environment = slurm.environment | (environment or {})
+        command = [sys.executable, "-m", "skiprnn.train", "-m", *LAUNCHER, *TINY, *arguments, f"output={output}"]
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(command, cwd=root, env=self.environment, stdout=said, stderr=said)
+
+    def text(self) -> str:
+        return self.said.read_text()
+
+    def says(self, text: str) -> None:
+        until(lambda: text in self.text(), lambda: f"{text!r} is not in {self.text()}")
+
+    def ends(self) -> int:
+        until(lambda: self.process.poll() is not None, lambda: f"has not ended: {self.text()}")
+        return self.process.returncode
+
+    def jobs(self) -> dict[str, str]:
+        """State of each job of the submissions into the output folder."""
+        ids = {file.name.split("_")[0] for file in self.output.glob("submitit/*/*_submitted.pkl")}
+        lines = self.slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").splitlines()
+        return {id: state for id, state in map(str.split, lines) if id.split("_")[0] in ids}
+
+    def release(self) -> None:
+        for id in self.jobs():
+            self.slurm("scontrol", "release", id)
+
+
+def until(holds: Callable[[], bool], message: Callable[[], str], seconds: float = 300) -> None:
+    """Wait for what another process will do."""
+    for _ in range(int(seconds / 0.2)):
+        if holds():
+            return
+        signal.sigtimedwait([], 0.2)
+    raise AssertionError(message())
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    """A cluster of 8 CPUs and 2 GPUs, as it believes."""
+    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
+        pytest.skip(f"no SLURM here: {', '.join(missing)} missing")
+    if os.geteuid():
+        pytest.skip("starting SLURM's daemons needs root")
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # a short path: a socket's has 107 characters
+    folder.chmod(0o755)  # munged insists
+    cluster = Slurm(folder)
+    try:
+        cluster.start_all()
+        yield cluster
+    finally:
+        cluster.stop_all()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def login(slurm, tmp_path) -> Iterator[Callable[..., Login]]:
+    """A function that starts a sweep; what it leaves is ended."""
+    started: list[Login] = []
+
+    def start(*arguments: str, **options) -> Login:
+        started.append(Login(slurm, tmp_path / "runs", *arguments, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+    slurm("scancel", "--user=root", check=False)
+    slurm.wait_for("bash", "-c", "squeue --noheader | wc -l", text="0")
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(output.rglob("record.json"))]
+
+
+def status(slurm, output: Path) -> str:
+    command = [sys.executable, "-m", "skiprnn.status", str(output)]
+    return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_same_command_finds_its_jobs_when_the_login_process_was_killed(slurm, login, tmp_path):
+    arguments = ["model=skip_lstm", "seed=0,1", "training.epochs=2", HELD]
+    first = login(*arguments)
+    first.says("pending (JobHeldUser)")
+    first.process.kill()
+    first.ends()
+    second = login(*arguments)
+    second.says("2 runs are in jobs that were submitted before")
+    second.says("2 pending (JobHeldUser)")
+    assert "2 queued" in status(slurm, tmp_path / "runs")
+    slurm.stop("slurmctld")
+    second.says("waiting for it")
+    slurm.start_controller()
+    assert len(second.jobs()) == 2
+    second.release()
+    assert second.ends() == 0, second.text()
+    assert "2 complete" in status(slurm, tmp_path / "runs")
+    done = records(tmp_path / "runs")
+    assert [record["threads"] for record in done] == [2, 2], "as many as the job has CPUs"
+
+
+def test_an_interrupted_login_process_leaves_its_jobs(login):
+    one = login("model=skip_lstm", "seed=0", "training.epochs=1", HELD)
+    one.says("pending (JobHeldUser)")
+    one.process.send_signal(signal.SIGINT)
+    assert one.ends() == 1
+    assert one.text().splitlines()[-2:] == [
+        "the jobs go on, and the same command waits for them",
+        "interrupted: the same command continues",
+    ]
+    assert list(one.jobs().values()) == ["PENDING"]
+
+
+def test_detached_jobs_run_the_code_that_was_submitted(slurm, login, tmp_path):
+    copy = tmp_path / "copy"
+    for name in ("skiprnn", "hydra_plugins", "conf", "experiments"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=test", "-c", "user.email=test"]
+        return subprocess.run(
+            ["git", "-C", copy, *identity, *arguments], capture_output=True, text=True, check=True
+        ).stdout
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "submitted")
+    environment = {"PYTHONPATH": str(copy)}
+    one = login("--detach", "model=skip_lstm", "seed=0", "training.epochs=1", HELD, root=copy, environment=environment)
+    assert one.ends() == 0, one.text()
+    assert "1 jobs submitted" in one.text()
+    for file in copy.rglob("*.py"):
+        file.write_text("raise SystemExit('pulled meanwhile')")
+    git("commit", "-a", "-m", "pulled meanwhile")
+    one.release()
+    until(lambda: bool(records(tmp_path / "runs")), lambda: str(one.jobs()))
+    (record,) = records(tmp_path / "runs")
+    assert record["git"] == {"commit": git("rev-parse", "HEAD^").strip(), "dirty": False}
+
+
+def test_cancelled_jobs_are_reported_and_left(slurm, login, tmp_path):
+    epochs = f"training.epochs={LONG},{LONG + 1},1"
+    one = login("model=skip_lstm", "seed=0", epochs, "hydra.launcher.slurm_array_parallelism=1")
+    one.says("1 running, 2 pending (JobArrayTaskLimit)")
+    running, pending, last = sorted(one.jobs())
+    slurm("scancel", pending)
+    one.says(f"job {pending} was cancelled")
+    assert one.jobs()[running] == "RUNNING", "not only when all others have ended"
+    slurm("scancel", running)
+    one.says(f"job {running} was cancelled")
+    assert one.ends() == 1
+    assert "error: 2 of 3 runs failed:" in one.text()
+    assert [record["config"]["training"]["epochs"] for record in records(tmp_path / "runs")] == [1]
+    assert sorted(one.jobs()) == [running, pending, last], "nothing was submitted again"
+
+
+def test_what_was_in_a_dead_job_continues_while_others_run(slurm, login, tmp_path):
+    killed = interrupted(tmp_path / "signals", "SIGKILL")
+    one = login("model=skip_lstm", "seed=0", f"training.epochs=3,{LONG}", environment=killed)
+    one.says("died (failed), and its runs continue in another")
+    assert "RUNNING" in one.jobs().values()
+    until(lambda: bool(records(tmp_path / "runs")), one.text)
+    until(lambda: list(one.jobs().values()).count("RUNNING") == 1, lambda: str(one.jobs()))
+    slurm("scancel", "--user=root", "--state=RUNNING")
+    assert one.ends() == 1
+    assert "error: 1 of 2 runs failed:" in one.text()
+    assert len(one.jobs()) == 3
+
+
+def test_jobs_that_never_get_further_are_given_up(slurm, login, tmp_path):
+    broken = "+hydra.launcher.slurm_setup=[echo no such module >&2, exit 3]"
+    one = login("model=skip_lstm", "seed=0", "training.epochs=1", broken)
+    assert one.ends() == 1
+    assert len(one.jobs()) == 3
+    assert "3 jobs died and brought it no further; the last: " in one.text()
+    assert one.text().strip().endswith("_0_log.err: no such module")
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("+hydra.launcher.slurm_partition=none", "Invalid partition name specified"),
+        ("hydra.launcher.gpus_per_node=9", "Requested node configuration is not available"),
+    ],
+)
+def test_what_sbatch_refuses_is_told_in_one_line(setting, reason, login, tmp_path):
+    one = login("model=skip_lstm", "seed=0,1", setting)
+    assert one.ends() == 1
+    assert one.text().splitlines()[-1] == f"error: sbatch: error: Batch job submission failed: {reason}"
+    assert one.text().count("sbatch") == 1
+    assert not list((tmp_path / "runs" / "submitit").glob("*/runs.json"))
+
+
+def test_a_gpu_that_is_not_seen_is_told_at_once_and_once(slurm, login):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    arguments = ["model=skip_lstm,skip_gru", "training.epochs=1", "hydra.launcher.gpus_per_node=1", "device=auto"]
+    one = login(*arguments, environment=hidden)
+    assert one.ends() == 1
+    told, summary = one.text().split("error: 2 of 2 runs failed:")
+    assert told.count("the job has a GPU and torch") == 1
+    assert summary.count("the job has a GPU and torch") == 2
+    assert set(one.jobs().values()) == {"FAILED"}
+
+
+def test_a_node_without_a_compiler_is_told_once(login, tmp_path):
+    bare = {"CXX": "no-such-compiler", "SKIPRNN_CACHE": str(tmp_path / "cache")}
+    one = login("model=skip_lstm", "seed=0,1", "training.epochs=1", environment=bare)
+    assert one.ends() == 0, one.text()
+    assert one.text().count("skiprnn's native engine is not available") == 1
+
+
+def test_short_runs_share_jobs_and_arrays_overlap(slurm, login, tmp_path):
+    shape = ["hydra.launcher.runs_per_job=3", "hydra.sweeper.max_batch_size=1"]
+    one = login("model=skip_lstm", "seed=range(5)", "training.epochs=1", HELD, *shape)
+    one.says("2 pending (JobHeldUser)")
+    assert len({id.split("_")[0] for id in one.jobs()}) == 2
+    one.release()
+    assert one.ends() == 0, one.text()
+    assert len(records(tmp_path / "runs")) == 5
+    assert len(one.jobs()) == 2
+
+
+def test_a_run_whose_time_was_up_ends_as_an_undisturbed_one(login, tmp_path):
+    arguments = ["model=random_skip_lstm", "training.epochs=3", "threads=1"]
+    told = interrupted(tmp_path / "signals", "SIGUSR2")
+    one = login(*arguments, "seed=0", environment=told)
+    assert one.ends() == 0, one.text()
+    assert "Requeued job" in "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
+    assert len(one.jobs()) == 1
+    assert_as_undisturbed(tmp_path, *arguments)
+
+
+@pytest.mark.slow
+def test_a_time_limit_shorter_than_an_epoch(login, tmp_path):
+    """Every job adds some batches."""
+    epoch = ["data=adding", "profile=adding/smoke", "data.length=200", "data.batches_per_epoch=4000", "threads=1"]
+    arguments = ["model=random_skip_lstm", *epoch, "training.epochs=1", "training.train_batches=null"]
+    one = login(*arguments, "seed=0", "hydra.launcher.timeout_min=2", "hydra.launcher.slurm_signal_delay_s=60")
+    until(lambda: one.process.poll() is not None, one.text, seconds=3600)
+    assert one.process.returncode == 0, one.text()
+    logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
+    assert logs.count("Requeued job") > 1
+    assert len(one.jobs()) == 1
+    assert_as_undisturbed(tmp_path, *arguments)
+
+
+def assert_as_undisturbed(folder: Path, *arguments: str) -> None:
+    """The one run in a folder ended as one on this machine to which nothing happened."""
+    (file,) = (folder / "runs").rglob("record.json")
+    record = json.loads(file.read_text())
+    outputs = [RunConfig.of(record["config"], output=str(folder / name)) for name in ("runs", "undisturbed")]
+    done = command(*TINY, *arguments, "seed=0", f"output={folder / 'undisturbed'}")
+    assert done.returncode == 0, done.stderr
+    assert_same_outcome(*map(RunFolder, outputs))
