@@ -14,6 +14,8 @@ DATA = $(or $(DATA_$*),$*)
 DATA_table1 := mnist
 DATA_adding-500 := adding_sarnn
 
+QUICKSTART := experiment=digits profile=digits/quickstart device=cpu
+
 SWEEPS := $(addprefix sweep-,mnist digits adding)
 SWEEP = experiment=sweep_$* profile=$*/$(if $(filter mnist,$*),$(PROFILE),sweep) rows=null $(ARGS)
 
@@ -33,8 +35,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) -m skiprnn.model.engines.native
 	touch $@
 
-quickstart: install  ## Table I's rows on 8x8 digits: real data, no download, minutes
-	$(RUN) -m skiprnn.train -m experiment=digits profile=digits/cpu device=cpu $(CORES) $(ARGS)
+quickstart: install  ## Skip RNN and SA-RNN on 8x8 digits: real data, no download, minutes; a table and pictures
+	$(RUN) -m skiprnn.train -m $(QUICKSTART) $(CORES) $(ARGS)
+	$(RUN) -m skiprnn.figures $(QUICKSTART) $(ARGS)
+	@echo "In the folder above them: table.md. To look at: tradeoff.png, accuracy against state updates, and usage-*.png,"
+	@echo "what is read (red) and skipped (blue). Next: make dashboard, make sweep-digits, make reproduce-table1"
 
 reproduce-table1:  ## Table I on MNIST; PROFILE=paper|cpu|smoke (default: paper on a GPU, else cpu)
 reproduce-adding:  ## Skip RNN's Table 1: the adding task, length 50
@@ -56,7 +61,7 @@ $(SWEEPS): sweep-%: install
 	$(RUN) -m skiprnn.figures $(SWEEP)
 
 figures: install  ## figures of complete runs; ARGS="experiment=table1 profile=mnist/cpu" (default: quickstart's)
-	$(RUN) -m skiprnn.figures $(or $(ARGS),experiment=digits profile=digits/cpu)
+	$(RUN) -m skiprnn.figures $(or $(ARGS),$(QUICKSTART))
 
 dashboard: install  ## outputs/dashboard.html: how far every sweep is, its table and curves; ARGS=FOLDER
 	$(RUN) -m skiprnn.dashboard $(ARGS)

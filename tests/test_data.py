@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -154,6 +155,41 @@ def test_digits_are_scikit_learns_images_in_raster_order():
             seen += 1
     assert seen == 1797
     assert not images
+
+
+@pytest.mark.parametrize(("pixels", "hold", "steps"), [(2, 2, 64), (4, 1, 16), (8, 3, 24)])
+def test_digits_are_shown_some_pixels_at_a_time_each_for_some_steps(pixels, hold, steps):
+    data, plain = loaded(SequentialDigits(pixels=pixels, hold=hold)), loaded(SequentialDigits())
+    assert (data.input_size, data.steps) == (pixels, steps)
+    for split in ("train", "validation", "test"):
+        inputs, targets, _ = data.splits[split].take(torch.arange(40))
+        images, same, _ = plain.splits[split].take(torch.arange(40))
+        assert torch.equal(targets, same)
+        assert inputs.shape == (40, steps, pixels)
+        for step in range(steps):
+            first = step // hold * pixels
+            assert torch.equal(inputs[:, step], images[:, first : first + pixels, 0])
+
+
+@pytest.mark.parametrize(("pixels", "hold"), [(1, 1), (2, 2), (8, 3)])
+def test_the_picture_of_held_digits_has_every_row_as_often_as_it_is_shown(pixels, hold):
+    data = loaded(SequentialDigits(pixels=pixels, hold=hold))
+    images = {tuple(image.flatten()) for image in load_digits().images}
+    for row in range(20):
+        image = data.picture(data.splits["test"].inputs[row].numpy())
+        assert image.shape == data.image == (8 * hold, 8)
+        assert all(tuple(image[k::hold].flatten() * 16) in images for k in range(hold))
+    steps = data.picture(np.arange(data.steps)[:, None, None] + np.zeros((1, pixels, 3)))[..., 0]
+    assert (np.diff(steps[::hold], axis=1) % hold == 0).all(), (
+        "a row has what was shown first, the next what was second"
+    )
+    assert (steps[:hold, 0] == np.arange(hold)).all()
+
+
+@pytest.mark.parametrize("settings", [{"pixels": 3}, {"pixels": 0}, {"hold": 0}])
+def test_digits_refuse_what_does_not_divide_a_row(settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be"):
+        SequentialDigits(**settings)
 
 
 def load_digits_images():

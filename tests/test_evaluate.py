@@ -188,7 +188,7 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
     test = record["best"]["test"]
     for part in (
         "# SkipLSTM on digits, seed 3",
-        "64 steps of one pixel in [0, 1]; 10 classes",
+        "Sequences of pixels in [0, 1], 64 steps of one; 10 classes",
         "`cost_per_sample` 0.001",
         "`batch_size` 256",
         record["profile"]["note"],

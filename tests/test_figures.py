@@ -77,7 +77,7 @@ def test_the_same_figure_is_the_same_file(sweep, tmp_path):
 
 
 def test_tradeoff_needs_two_budgets(tmp_path):
-    runs = planned(tmp_path, "experiment=digits", "profile=digits/cpu", "seed=0")
+    runs = planned(tmp_path, "experiment=table1", "profile=mnist/smoke", "seed=0")
     for one in runs:
         finish(one, accuracy=0.9, state_updates=60)
     with pytest.raises(ConfigError, match="two values of λ or p_skip"):
@@ -178,18 +178,21 @@ def gates(module, row: int) -> np.ndarray:
     return module.network(inputs, lengths)[1][0].numpy() > 0
 
 
-def test_used_pixels_are_red_and_skipped_ones_blue():
-    module = lively("model=skip_lstm")
+@pytest.mark.parametrize(("pixels", "hold"), [(1, 1), (2, 2)])
+def test_used_pixels_are_red_and_skipped_ones_blue(pixels, hold):
+    module = lively("model=skip_lstm", f"+data.pixels={pixels}", f"+data.hold={hold}")
     shown = usage.examples(module, 10)
     assert [example.target for example in shown] == list(range(10))
     figure = usage.usage(module)
     for example, axes in zip(shown, figure.axes, strict=True):
         used = gates(module, example.row)
         assert 0 < used.mean() < 1
-        pixels = np.asarray(axes.images[0].get_array()).reshape(64, 3)
-        blank = module.data.splits["test"].inputs[example.row, :, 0].numpy() == 0
-        np.testing.assert_allclose(pixels[blank], np.where(used[:, None], RED, BLUE)[blank])
-        assert np.array_equal(pixels[:, 0] > pixels[:, 2], used), "the ink's colour tells as well"
+        drawn = np.asarray(axes.images[0].get_array()).reshape(8, hold, 8 // pixels, pixels, 3)
+        drawn = drawn.swapaxes(1, 2).reshape(64 // pixels * hold, pixels, 3)  # step by step
+        blank = module.data.splits["test"].inputs[example.row].numpy() == 0
+        gate = np.broadcast_to(used[:, None], blank.shape)
+        np.testing.assert_allclose(drawn[blank], np.where(gate[..., None], RED, BLUE)[blank])
+        assert np.array_equal(drawn[..., 0] > drawn[..., 2], gate), "the ink's colour tells as well"
         assert f"{100 * used.mean():.0f} % used" in axes.get_title()
 
 
@@ -305,7 +308,7 @@ def test_data_without_a_picture_say_so():
 
 
 def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsys):
-    arguments = ["experiment=digits", "profile=digits/smoke", *SMALL, "training.epochs=2", "rows=[1,3,8]"]
+    arguments = ["experiment=digits", "profile=digits/smoke", *SMALL, "training.epochs=2", "rows=[1,4,12]"]
     arguments += ["+training.train_batches=1", "+training.evaluation_batches=1"]
     runs = planned(tmp_path, *arguments)
     for one in runs[1:]:
@@ -316,7 +319,7 @@ def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsy
     assert "2 of 3 runs are complete" in printed
     assert "left out: tradeoff: no model has complete runs with two values" in printed
     written = sorted(file.name for file in (target / "figures").iterdir())
-    names = ["curves-gru", "curves-lstm", "neurons-3-sa_gru_lambda0.0001", "usage-2-skip_lstm_lambda0.0001"]
+    names = ["curves-gru", "curves-lstm", "neurons-3-sa_gru_lambda0.01", "usage-2-skip_lstm_lambda0.01"]
     assert written == [f"{name}{suffix}" for name in names for suffix in (".pdf", ".png")]
     assert all(file.read_bytes().startswith((b"%PDF", b"\x89PNG")) for file in (target / "figures").iterdir())
     for one in runs[1:]:
@@ -330,5 +333,5 @@ def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsy
 def test_nothing_to_draw_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="error: experiment=NAME is missing: which figures"):
         figures.main([f"output={tmp_path}"])
-    with pytest.raises(SystemExit, match=r"error: output=.*: none of the 8 runs is complete"):
+    with pytest.raises(SystemExit, match=r"error: output=.*: none of the 12 runs is complete"):
         figures.main(["experiment=digits", "profile=digits/smoke", f"output={tmp_path}"])

@@ -46,13 +46,20 @@ def test_every_table_has_its_make_target(name):
     assert line.endswith("data.colour=red")
 
 
-@pytest.mark.parametrize("data", ["mnist", "digits", "adding"])
-def test_every_sweep_trains_and_then_draws_the_same_runs(data):
-    lines = dry_run(f"sweep-{data}", "ARGS=seed=7")
-    train, draw = (line.split(" -m skiprnn.")[1].split() for line in lines[-2:])
+@pytest.mark.parametrize(
+    ("target", "experiment", "data"),
+    [
+        ("quickstart", "digits", "digits"),
+        *((f"sweep-{data}", f"sweep_{data}", data) for data in ("mnist", "digits", "adding")),
+    ],
+)
+def test_every_sweep_trains_and_then_draws_the_same_runs(target, experiment, data):
+    lines = [line.split(" -m skiprnn.")[1].split() for line in dry_run(target, "ARGS=seed=7") if " -m skiprnn." in line]
+    train, draw = lines[-2:]
     assert (train[:2], draw[0]) == (["train", "-m"], "figures")
-    assert f"experiment=sweep_{data}" in draw
-    assert experiments.load(f"sweep_{data}").data == data
+    assert f"experiment={experiment}" in draw
+    assert "seed=7" in draw
+    assert experiments.load(experiment).data == data
     assert set(draw[1:]) <= set(train)
 
 

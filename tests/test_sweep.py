@@ -85,7 +85,7 @@ def test_experiment_in_two_processes_ends_in_its_table(tmp_path):
     done = command(*arguments, *launcher, f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "tables" / "digits_smoke" / "table.md").read_text()
-    assert table.count("| 1 / 1") == 8
+    assert table.count("| 1 / 1") == 12
     assert table in done.stdout
 
 

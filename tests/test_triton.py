@@ -229,6 +229,7 @@ def test_kernels_compile_for_a_gpu():
             "gru-skip-1-110-train",
             "lstm-skip-2-110-train",
             "gru-skip-2-110-train",
+            "lstm-selective-1-250-train",
         ],
     )
 

@@ -151,6 +151,11 @@ class SequenceData(ABC):
         """Where the embedding of token ids starts, (vocabulary_size, width) float32; for text only."""
         raise TypeError(f"{type(self).__name__} has no token ids")
 
+    def picture(self, values: np.ndarray) -> np.ndarray:
+        """What belongs to the steps' pixels, (T, I, ...), where the image has them: (rows, columns, ...)."""
+        assert self.image
+        return values.reshape(*self.image, *values.shape[2:])
+
     @abstractmethod
     def training_batches(self, epoch: int) -> Batches:
         """The batches of an epoch (from 0), a function of (seed, epoch) alone."""

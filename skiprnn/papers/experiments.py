@@ -53,8 +53,7 @@ def files() -> dict[str, Path]:
 
 
 def load(name: str) -> Experiment:
-    """Read experiments/NAME.yaml, ours or the user's own. `rows_of` takes the rows of another one without its published
-    numbers.
+    """Read experiments/NAME.yaml, ours or the user's own.
 
     Raises:
         ConfigError: no such file, or published deviations of an unknown number of runs.
@@ -64,12 +63,9 @@ def load(name: str) -> Experiment:
         raise ConfigError(f"experiment={name}: there are {', '.join(sorted(known))}")
     content = read(known[name])
     common = tuple(content.get("overrides", ()))
-    if "rows_of" in content:
-        other = read(known[content["rows_of"]])["rows"]
-        entries = [{"label": row["label"], "overrides": row["overrides"]} for row in other]
-    else:
-        entries = content["rows"]
-    rows = tuple(Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in entries)
+    rows = tuple(
+        Row(row["label"], common + tuple(row["overrides"]), row.get("published", {})) for row in content["rows"]
+    )
     runs = content.get("published_runs")
     if runs is None and any(isinstance(value, list) for row in rows for value in row.published.values()):
         raise ConfigError(f"{known[name]}: of how many runs are the published deviations? published_runs is missing")

@@ -84,7 +84,7 @@ def data_class(run: RunConfig) -> type[SequenceData]:
     """
     target = run.data.get("_target_")
     files = [file for folder in (packaged("conf"), Path("conf")) for file in folder.glob("data/*.yaml")]
-    if target not in (yaml.safe_load(file.read_text())["_target_"] for file in files):
+    if target not in ((yaml.safe_load(file.read_text()) or {}).get("_target_") for file in files):
         raise ConfigError(f"data={run.data['name']}: no conf/data/*.yaml has the _target_ {target}")
     try:
         return get_class(str(target))

@@ -155,12 +155,12 @@ def _outcome(example: Example, names: Sequence[str]) -> str:
 def images(module: SequenceModule) -> Figure:
     """An image of every class: ink light, used pixels red, skipped ones blue ([SKIP] figure 3)."""
     shown, names = examples(module, 10), [str(number) for number in range(module.data.outputs)]
-    assert module.data.image
     figure = Figure((WIDTH, 1.85))
     for axes, example in zip(figure.subplots(2, 5).flat, shown, strict=True):
-        ink = 0.75 * example.inputs[:, :1] / max(example.inputs.max(), 1e-9)  # not quite white: its colour shows too
-        colours = np.where(example.updates[:, None], _rgb(USED), _rgb(SKIPPED))
-        axes.imshow((colours * (1 - ink) + ink).reshape(*module.data.image, 3), interpolation="nearest")
+        ink = 0.75 * example.inputs[..., None] / max(example.inputs.max(), 1e-9)  # not white: its colour shows
+        colours = np.where(example.updates[:, None, None], _rgb(USED), _rgb(SKIPPED))  # (T, 1, 3)
+        image = module.data.picture(colours * (1 - ink) + ink)
+        axes.imshow(image, interpolation="nearest", aspect=image.shape[1] / image.shape[0])
         axes.set_title(f"{_outcome(example, names)}\n{100 * example.updates.mean():.0f} % used", fontsize=5.5, pad=2)
         axes.set_axis_off()
     _legend(figure)
