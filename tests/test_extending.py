@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import SMALL
 from test_readme import ROOT
+from torch.nn.utils import parametrizations, prune
 
 from skiprnn import evaluate, figures, publish, tables
 from skiprnn.model import engines
 from skiprnn.model.cells import CELLS, Cell, LSTMCell
-from skiprnn.model.policies import POLICIES, Skip, straight_through_round
+from skiprnn.model.policies import POLICIES, Coordinator, Skip, straight_through_round
 from skiprnn.model.recurrent import Recurrent
 from skiprnn.papers import plan
 from skiprnn.training import job
@@ -120,6 +121,81 @@ def test_what_is_new_is_computed_as_its_class_says_or_refused(cell, policy, engi
     assert (updates.mean() < 0.9) == (policy != "always")
 
 
+class Biased(Coordinator):
+    """A coordinator in favour of updates."""
+
+    def forward(self, x, h):
+        return super().forward(x, h) + 3
+
+
+def with_biased_coordinators(rnn: Recurrent) -> None:
+    for coordinator in rnn.policy.coordinators:
+        coordinator.__class__ = Biased
+
+
+def with_a_hook_on_coordinators(rnn: Recurrent) -> None:
+    for coordinator in rnn.policy.coordinators:
+        coordinator.register_forward_hook(lambda module, arguments, a: a + 3)
+
+
+def with_another_step(rnn: Recurrent) -> None:
+    step = rnn.cells[0].step
+    rnn.cells[0].step = lambda projected, state: step(2 * projected, state)
+
+
+def with_another_decision(rnn: Recurrent) -> None:
+    rnn.policy.binarise = lambda accumulated: straight_through_round(accumulated + 0.25)
+
+
+def with_normalised_weights(rnn: Recurrent) -> None:
+    parametrizations.weight_norm(rnn.cells[0], "weight_hh")
+    rnn.cells[0].parametrizations.weight_hh.original0.data.mul_(3)
+
+
+CHANGES = [
+    ("selective", with_biased_coordinators, "coordinator Biased"),
+    ("selective", with_a_hook_on_coordinators, "coordinator Coordinator as it was changed"),
+    ("always", with_another_step, "cell LSTMCell as it was changed"),
+    ("skip", with_another_decision, "policy Skip as it was changed"),
+    ("always", with_normalised_weights, "cell ParametrizedLSTMCell"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:skiprnn's reference engine")
+@pytest.mark.parametrize(("policy", "change", "named"), CHANGES)
+def test_a_network_that_was_changed_runs_as_changed_or_is_refused(policy, change, named):
+    torch.manual_seed(0)
+    rnn, x = Recurrent("lstm", policy, 2, 5, dtype=torch.float64), torch.randn(3, 20, 2, dtype=torch.float64)
+    with torch.no_grad():
+        if policy == "skip":
+            rnn.policy.bias.fill_(-1.0)
+        plain = rnn(x)[0]
+        change(rnn)
+        changed = rnn(x)[0]
+        assert not torch.allclose(plain, changed)
+        rnn.engine = "reference"
+        assert torch.equal(rnn(x)[0], changed)
+        for rnn.engine in FAST:
+            with pytest.raises(
+                ValueError, match=f"the {rnn.engine} engine can't run this: it does not know the {named}"
+            ):
+                rnn(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("part", ["cell", "policy"])
+def test_pruned_weights_are_refused_until_they_are_permanent(part, engine):
+    """Pruning works by a hook of forward, which would leave the weights as they were when they were pruned."""
+    rnn, x = Recurrent("lstm", "skip", 2, 5, engine=engine), torch.randn(3, 20, 2)
+    pruned, name = (rnn.cells[0], "weight_hh") if part == "cell" else (rnn.policy, "weight")
+    prune.l1_unstructured(pruned, name, 3)
+    with pytest.raises(ValueError, match=f"^a hook computes weights of {type(pruned).__name__}, and engines call no"):
+        rnn(x)
+    prune.remove(pruned, name)
+    rnn(x)
+    assert (getattr(pruned, name) == 0).sum() == 3
+
+
 def blocks() -> list[tuple[str, str]]:
     """Language and text of every block of the page, in order."""
     return re.findall(r"```(python|yaml)\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
@@ -140,8 +216,9 @@ def test_the_page_from_class_to_table_figures_and_model_card(tmp_path, monkeypat
     arguments = ["experiment=mine", "profile=echo/short", *SMALL[2:], f"output={tmp_path / 'runs'}"]
     planned = plan.requested(arguments)[1]
     assert len(planned) == 4
-    for one in planned:
-        job.train([one.run])
+    runs = [one.run for one in planned]
+    for together in (runs[:2], runs[2:3], runs[3:]):  # the first row's seeds side by side
+        job.train(together)
     tables.main(arguments)
     table = capsys.readouterr().out
     assert re.search(r"Skip LayerNorm LSTM \| .* 2 / 2", table)

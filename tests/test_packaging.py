@@ -1,6 +1,8 @@
 """What is declared is what is imported, the lock holds all of it, and each command is found."""
 
 import ast
+import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -122,6 +124,64 @@ def test_the_model_needs_no_other_part_of_the_package():
     for file in (file for file in MODULES if file.parts[1] in ("model", "__init__.py")):
         ours = [module for module, _ in imports(ast.parse((ROOT / file).read_text())) if module.startswith("skiprnn")]
         assert [module for module in ours if module.split(".")[1:2] not in ([], ["model"])] == [], file
+
+
+def beside(name: str) -> set[str]:
+    """The top-level modules of all installed distributions but one, and but those that it requires on this machine."""
+    own: set[str] = set()
+    new = {canonicalize_name(name)}
+    while new:
+        own |= new
+        required = [one for known in new if installed(known) for one in map(Requirement, requires(known) or [])]
+        active = [one for one in required if not one.marker or one.marker.evaluate({"extra": ""})]
+        new = {canonicalize_name(one.name) for one in active} - own
+    owners = packages_distributions().items()
+    return {module for module, names in owners if not own & {canonicalize_name(one) for one in names}} - {"skiprnn"}
+
+
+ALONE = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Few(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in sys.argv else super().find_spec(name, path, target)
+
+sys.meta_path[:] = BuiltinImporter, FrozenImporter, Few
+
+import torch
+import skiprnn
+
+for name in ("LSTM", "GRU", "RandomSkipLSTM", "RandomSkipGRU", "SkipLSTM", "SkipGRU", "SALSTM", "SAGRU"):
+    for engine in ("auto", "reference"):
+        torch.manual_seed(0)
+        rnn, x = getattr(skiprnn, name)(3, 5, engine=engine), torch.randn(2, 7, 3)
+        output, state, updates = rnn(x)
+        (output.square().mean() + updates.mean()).backward()
+        before = [parameter.detach().clone() for parameter in rnn.parameters()]
+        torch.optim.SGD(rnn.parameters(), 0.1).step()
+        assert not any(torch.equal(*pair) for pair in zip(before, rnn.parameters())), name
+        with torch.no_grad():
+            output, *_ = rnn(x[:1])
+        if name in ("LSTM", "GRU", "SkipLSTM", "SkipGRU"):
+            stream = rnn.stream()
+            steps = torch.stack([stream.push(sample).output for sample in x[0]])
+            assert torch.allclose(steps, output[0], atol=1e-5), name
+try:
+    skiprnn.SkipLSTM.from_pretrained("some.safetensors")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_model_runs_where_there_is_torch_alone():
+    """Forward, backward, a training step, a stream; a checkpoint says what it needs."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    program = [sys.executable, "-c", ALONE, *beside("torch")]
+    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "checkpoints need safetensors: pip install 'skiprnn[experiments]'\n"
 
 
 def test_every_command_is_listed(capsys, monkeypatch):

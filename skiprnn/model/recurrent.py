@@ -163,7 +163,7 @@ class Recurrent(nn.Module):
                 layers' neurons side by side); differentiable (straight-through) where the policy learns.
 
         Raises:
-            ValueError: a shape or dtype that does not fit; the message names it.
+            ValueError: a shape or dtype that does not fit, or weights that a hook computes; the message names it.
         """
         call = self.prepare(x, state, lengths)
         return self.finish(*engines.ENGINES[self.engine_for(call.x)].run(call))
@@ -201,6 +201,12 @@ class Recurrent(nn.Module):
             raise ValueError(f"x is {x.dtype}, the parameters are {self.cells[0].weight_ih.dtype}: convert one of them")
         if lengths is not None and (lengths.shape != x.shape[:1] or lengths.dtype.is_floating_point):
             raise ValueError(f"lengths must be {x.shape[0]} integers, one per sequence; got {tuple(lengths.shape)}")
+        for part in (*self.cells, self.policy):  # torch.nn.utils.prune, and weight_norm as it was
+            if part._forward_pre_hooks and any(isinstance(value, Tensor) for value in vars(part).values()):
+                raise ValueError(
+                    f"a hook computes weights of {type(part).__name__}, and engines call no hooks: make them permanent "
+                    "(torch.nn.utils.prune.remove) or use torch.nn.utils.parametrize"
+                )
         return x
 
     def unpack(self, state, batch_size: int) -> tuple[list[State], Gate]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import Module
 
 from skiprnn.model.cells import Cell, GRUCell, LSTMCell, State
-from skiprnn.model.policies import Always, Gate, Policy, RandomNeurons, RandomSteps, Selective, Skip
+from skiprnn.model.policies import Always, Coordinator, Gate, Policy, RandomNeurons, RandomSteps, Selective, Skip
 
 # In the order of native/problem.h's enumerations. By identity: what a subclass changes, only the reference engine sees.
 CELLS: tuple[type[Cell], ...] = (LSTMCell, GRUCell)
@@ -38,11 +39,20 @@ class Result(NamedTuple):
     updates: Tensor  # (B, T) of a step policy, (B, T, N) of a neuron policy; without a gradient unless it learns
 
 
+# What the fast engines do themselves: an object that has its own is not what its class says.
+REPLACED = frozenset(("step", "project", "forward", "decide", "binarise", "after_update", "after_skip"))
+
+
 def unknown(cells: Sequence[Cell], policy: Policy) -> str | None:
-    """Why no engine but the reference serves these classes; None if the others know them."""
-    if type(policy) not in POLICIES:
-        return f"it does not know the policy {type(policy).__name__}"
-    for cell in cells:
-        if type(cell) not in CELLS or type(cell) is not type(cells[0]):
-            return f"it does not know the cell {type(cell).__name__}"
-    return None
+    """Why no engine but the reference serves these; None if the others know them."""
+    parts: list[tuple[str, Module, tuple[type[Module], ...]]] = [("policy", policy, POLICIES)]
+    parts += [("cell", cell, CELLS) for cell in cells]
+    if isinstance(policy, Selective):
+        parts += [("coordinator", coordinator, (Coordinator,)) for coordinator in policy.coordinators]
+    for what, part, known in parts:
+        if type(part) not in known:
+            return f"it does not know the {what} {type(part).__name__}"
+        hooked = what == "coordinator" and (part._forward_pre_hooks or part._forward_hooks)
+        if hooked or not REPLACED.isdisjoint(vars(part)):
+            return f"it does not know the {what} {type(part).__name__} as it was changed"
+    return None if len({type(cell) for cell in cells}) == 1 else "its layers are of one cell"
