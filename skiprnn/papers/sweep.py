@@ -43,14 +43,14 @@ def run(
     """
     job.quieten()
     try:
-        name = compose(grid[0])["experiment"]
+        name = compose(grid[0] if grid else [])["experiment"]
         experiment = experiments.load(name) if name else None
         planned = plan.runs(experiment, grid, compose)
         place = find_place(Path(planned[0].run.output))
         todo = [one for one in planned if not one.folder.complete and not one.folder.diverged]
-        plan.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
+        plan.save_plan(experiment, command, planned)  # what cannot work was refused, and leaves nothing
         if experiment and todo and place.here and not place.gpu:
             tell_other_profiles(experiment, grid, compose, todo, seconds, place.workers)
         # the longest first: none is left alone at the end
