@@ -14,7 +14,7 @@ from rich.table import Table
 from skiprnn.papers import experiments, plan, table
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
-from skiprnn.training.config import RunConfig, packaged
+from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.estimate import seconds_per_epoch
 from skiprnn.training.folder import duration
 from skiprnn.training.job import Draw
@@ -161,11 +161,11 @@ def tell_other_profiles(
     told = []
     for name in sorted({file.stem for file in folder.glob("*.yaml")} - {first.run.profile["name"]}):
         profile = f"profile={folder.name}/{name}"
-        other = plan.runs(
-            experiment,
-            [[*(one for one in given if not one.startswith("profile=")), profile] for given in grid],
-            compose,
-        )
+        given = [[*(one for one in given if not one.startswith("profile=")), profile] for given in grid]
+        try:
+            other = plan.runs(experiment, given, compose)
+        except ConfigError:  # what was given besides does not go with this one
+            continue
         like_first = next((one.run for one in other if network_of(one) == network_of(first)), None)
         if like_first is None:
             continue
