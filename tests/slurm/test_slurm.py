@@ -21,7 +21,7 @@ from skiprnn.training.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.mem_gb=1"]
-HELD = "hydra.launcher.slurm_additional_parameters={requeue:true,hold:true}"
+HELD = "+hydra.launcher.slurm_additional_parameters.hold=true"
 TINY = [one for one in SMALL if one not in ("threads=1", "training.epochs=4")]
 LONG = 10**6  # epochs: until it is ended
 
@@ -43,7 +43,8 @@ class Login:
         return self.said.read_text()
 
     def says(self, text: str) -> None:
-        until(lambda: text in self.text(), lambda: f"{text!r} is not in {self.text()}")
+        until(lambda: text in self.text() or self.process.poll() is not None, self.text)
+        assert text in self.text(), self.text()
 
     def ends(self) -> int:
         until(lambda: self.process.poll() is not None, lambda: f"has not ended: {self.text()}")
@@ -114,7 +115,7 @@ def status(slurm, output: Path) -> str:
 
 
 def test_the_same_command_finds_its_jobs_when_the_login_process_was_killed(slurm, login, tmp_path):
-    arguments = ["model=skip_lstm", "seed=0,1", "training.epochs=2", HELD]
+    arguments = ["model=skip_lstm", "seed=0,1", "training.epochs=2", "hydra.launcher.cpus_per_task=3", HELD]
     first = login(*arguments)
     first.says("pending (JobHeldUser)")
     first.process.kill()
@@ -131,7 +132,7 @@ def test_the_same_command_finds_its_jobs_when_the_login_process_was_killed(slurm
     assert second.ends() == 0, second.text()
     assert "2 complete" in status(slurm, tmp_path / "runs")
     done = records(tmp_path / "runs")
-    assert [record["threads"] for record in done] == [2, 2], "as many as the job has CPUs"
+    assert [record["threads"] for record in done] == [3, 3], "as many as the job has CPUs"
 
 
 def test_an_interrupted_login_process_leaves_its_jobs(login):
