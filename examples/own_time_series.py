@@ -25,7 +25,7 @@ class Forecaster(nn.Module):
 
     def __init__(self, inputs: int, hidden_size: int = 32):
         super().__init__()
-        self.rnn = SkipLSTM(inputs, hidden_size)
+        self.rnn = SkipLSTM(inputs, hidden_size, batch_first=True)
         self.readout = nn.Linear(hidden_size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

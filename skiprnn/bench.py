@@ -45,7 +45,7 @@ TORCH = {"lstm": nn.LSTM, "gru": nn.GRU}  # what each cell is compared with
 def skip_network(cell: str, shape, period: int, engine: str = "native") -> Recurrent:
     """A Skip RNN that updates at one step in `period`, whatever it reads."""
     _, _, inputs, hidden, layers = shape
-    rnn = Recurrent(cell, "skip", inputs, hidden, layers, engine=engine)
+    rnn = Recurrent(cell, "skip", inputs, hidden, layers, engine=engine, batch_first=True)
     assert isinstance(rnn.policy, Skip)
     with torch.no_grad():
         rnn.policy.weight.zero_()
@@ -87,7 +87,7 @@ def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[]
         found[name] = lambda: task(rnn, x, **options)
 
     add("torch", TORCH[cell](inputs, hidden, layers, batch_first=True))
-    add("always", Recurrent(cell, "always", inputs, hidden, layers, engine="native"))
+    add("always", Recurrent(cell, "always", inputs, hidden, layers, engine="native", batch_first=True))
     for period, rate in RATES.items():
         rnn = skip_network(cell, shape, period)
         add(f"skip {rate}", rnn)

@@ -67,11 +67,13 @@ def functions(shape, train: bool, device: torch.device, engine: str, packs=PACKS
     found: dict[str, Callable[[], object]] = {}
     for cell in bench.TORCH:
         found[f"cuDNN {cell}"] = partial(task, bench.TORCH[cell](inputs, hidden, batch_first=True).to(device), x)
-        found[cell] = partial(task, Recurrent(cell, "always", inputs, hidden, engine=engine).to(device), x)
+        found[cell] = partial(
+            task, Recurrent(cell, "always", inputs, hidden, engine=engine, batch_first=True).to(device), x
+        )
         for period, rate in bench.RATES.items():
             rnn = bench.skip_network(cell, shape, period, engine).to(device)
             found[f"skip {cell} {rate}"] = partial(task, rnn, x)
-    found["sa gru"] = partial(task, SAGRU(inputs, hidden, engine=engine).to(device), x)
+    found["sa gru"] = partial(task, SAGRU(inputs, hidden, engine=engine, batch_first=True).to(device), x)
     for count in packs:
         networks = [bench.skip_network("lstm", shape, 1, engine).to(device) for _ in range(count)]
         found[f"skip lstm 100 %, {count} packed"] = partial(packed_step, networks, x, train)

@@ -62,7 +62,7 @@ The whole record is in the file's metadata, under `{key}`.
 ```python
 from skiprnn import {kind}
 
-rnn = {kind}.from_pretrained("{file}")  # the recurrent network alone
+rnn = {kind}.from_pretrained("{file}", batch_first=True)  # the recurrent network alone
 output, state, updates = rnn(x)  # x (batch, steps, {input_size}) float32
 ```
 

@@ -8,10 +8,13 @@
 See conf/README.md.
 """
 
+import os
 import sys
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from skiprnn.training import config as configs
 from skiprnn.training import job
@@ -29,6 +32,8 @@ def train(config: DictConfig) -> None:
         run = configs.read(config)
         if run.experiment:
             raise ConfigError(f"experiment={run.experiment} is many runs: add -m")
+        if not RunFolder(run).path.exists():
+            job.make_module(run)  # what cannot work is refused before anything is written
         (record,) = job.train([run], picture)
     except job.USER_ERRORS as error:
         sys.exit(f"error: {error}")
@@ -42,7 +47,15 @@ def train(config: DictConfig) -> None:
 def main() -> None:
     """The command, from sys.argv: Hydra's, and --detach, which makes a sweep on a cluster submit and not wait."""
     sys.argv[1:] = ["hydra.launcher.detach=true" if one == "--detach" else one for one in sys.argv[1:]]
-    train()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be one line
+    try:
+        train()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {configs.in_one_line(error)}")
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        sys.exit(f"error: {error}, such as model=lstm")
 
 
 if __name__ == "__main__":

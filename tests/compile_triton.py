@@ -69,7 +69,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def run_engine(cell: str, policy: str, layers: int, hidden: int, train: bool) -> None:
     """A step of training, or of inference."""
     options = {"p_skip": 0.5} if policy.startswith("random") else {}
-    rnn = Recurrent(cell, policy, 1, hidden, layers, engine="triton", **options)
+    rnn = Recurrent(cell, policy, 1, hidden, layers, engine="triton", batch_first=True, **options)
     with torch.set_grad_enabled(train):
         output, state, updates = rnn(torch.zeros(32, 16, 1))
         if train:

@@ -25,7 +25,7 @@ def network(cell, policy, inputs, hidden, layers, engine, seed=0, bias=0.0, slop
     """A network with random parameters, the same for the same seed; `bias` moves Skip's update rate."""
     if policy.startswith("random"):
         options["p_skip"] = 0.4
-    rnn = Recurrent(cell, policy, inputs, hidden, layers, engine=engine, **options)
+    rnn = Recurrent(cell, policy, inputs, hidden, layers, engine=engine, batch_first=True, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in rnn.parameters():
@@ -460,7 +460,7 @@ def test_the_cpp_side_knows_the_same_cells_and_policies():
     ],
 )
 def test_no_pointer_is_handed_over_unchecked(spoil, message):
-    rnn = SkipGRU(2, 4, engine="native")
+    rnn = SkipGRU(2, 4, engine="native", batch_first=True)
     spoil(rnn)
     with pytest.raises(ValueError, match="the native engine needs " + message):
         rnn(torch.zeros(1, 3, 2))
@@ -468,7 +468,7 @@ def test_no_pointer_is_handed_over_unchecked(spoil, message):
 
 @requires_native
 def test_parameters_may_be_strided():
-    rnn, plain = SkipGRU(2, 4, engine="native"), SkipGRU(2, 4, engine="reference")
+    rnn, plain = SkipGRU(2, 4, engine="native", batch_first=True), SkipGRU(2, 4, engine="reference", batch_first=True)
     plain.load_state_dict(rnn.state_dict())
     rnn.cells[0].weight_hh = nn.Parameter(rnn.cells[0].weight_hh.detach().T.contiguous().T)
     x = torch.randn(3, 6, 4)[..., ::2]
@@ -481,7 +481,7 @@ def test_auto_takes_what_serves():
     assert SkipLSTM(3, 4).engine_for(x) == "native"
     assert SkipLSTM(3, 4, engine="reference").engine_for(x) == "reference"
     with pytest.raises(ValueError, match="candidates that were not taken"):
-        SkipLSTM(3, 4, engine="compact")(x)
+        SkipLSTM(3, 4, engine="compact", batch_first=True)(x)
     with pytest.raises(ValueError, match="unknown engine"):
         SkipLSTM(3, 4, engine="nativ")
     assert set(engines.ENGINES) == {"reference", "compact", "native", "triton"}
@@ -493,7 +493,7 @@ from skiprnn import SkipLSTM
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
-        rnn = SkipLSTM(2, 4)
+        rnn = SkipLSTM(2, 4, batch_first=True)
         rnn(torch.randn(2, 5, 2))[0].sum().backward()
 assert rnn.engine_for(torch.randn(2, 5, 2)) == "reference"
 with torch.no_grad():
@@ -516,7 +516,7 @@ def test_without_a_compiler_one_warning_and_plain_torch(tmp_path):
 @pytest.mark.parametrize("kind", [SkipLSTM, SkipGRU])
 def test_stream_equals_batch_and_reads_only_what_it_needs(kind, q, dtype, engine):
     torch.manual_seed(4)
-    rnn = kind(2, 6, engine=engine, dtype=dtype)
+    rnn = kind(2, 6, engine=engine, dtype=dtype, batch_first=True)
     with torch.no_grad():
         rnn.policy.bias.fill_(-1.0)
         if q is not None:  # exact ties: 0.5 and 0.25 reach a half exactly
@@ -541,7 +541,7 @@ def test_stream_equals_batch_and_reads_only_what_it_needs(kind, q, dtype, engine
 
 
 def test_stream_ignores_unneeded_samples_and_other_policies():
-    rnn = SkipLSTM(1, 4)
+    rnn = SkipLSTM(1, 4, batch_first=True)
     with torch.no_grad():
         rnn.policy.weight.zero_()
         rnn.policy.bias.fill_(-2.0)

@@ -57,7 +57,7 @@ def test_without_skipping_is_the_plain_network_with_the_same_weights(published):
     module = evaluate.load(folder.best, device="cpu")
     with torch.no_grad():
         module.network.rnn.policy.bias.fill_(-2.0)  # skips
-    plain = skiprnn.GRU(1, 6, num_layers=2)
+    plain = skiprnn.GRU(1, 6, num_layers=2, batch_first=True)
     plain.layers.load_state_dict(module.network.rnn.layers.state_dict())
     x = torch.rand(3, 64, 1)
     prediction, updates = evaluate.without_skipping(module.network)(x)
@@ -129,7 +129,7 @@ def test_a_published_network_computes_what_the_trained_one_did(model, name, publ
     few = "+training.evaluation_batches=1"
     folder, file = published(f"model={model}", "model.num_layers=2", "model.learn_initial_state=false", few)
     kind = getattr(skiprnn, name)
-    rnn, network = kind.from_pretrained(file), evaluate.load(folder.best, device="cpu").network
+    rnn, network = kind.from_pretrained(file, batch_first=True), evaluate.load(folder.best, device="cpu").network
     assert type(rnn) is kind
     x = torch.rand(3, 64, 1)
     results = []
@@ -195,7 +195,7 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
         f"| test | {test['accuracy']:.4f} | {test['state_updates']:.2f} ",
         f"{record['parameters']:,} parameters",
         f"torch {torch.__version__.partition('+')[0]}",
-        'SkipLSTM.from_pretrained("model.safetensors")',
+        'SkipLSTM.from_pretrained("model.safetensors", batch_first=True)',
     ):
         assert part in card
     assert json.loads(json.dumps(record))["git"] is None or record["git"]["commit"] in card

@@ -229,6 +229,8 @@ def test_a_command_without_its_extra_says_which(monkeypatch):
     ],
 )
 def test_what_needs_an_extra_says_which(library, extra, use, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(f"{library}.")]:  # of a test before
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises((ValueError, DataError), match=rf"^[^\n]* needs? {library}: pip install 'skiprnn\[{extra}\]'$"):
         use()

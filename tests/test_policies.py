@@ -51,7 +51,7 @@ def update_steps(updates: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("network", [SkipLSTM, SkipGRU])
 def test_a_constant_increment_skips_as_many_steps_as_equation_6(network, delta):
     torch.manual_seed(0)
-    rnn = network(2, 3).double()
+    rnn = network(2, 3, batch_first=True).double()
     with torch.no_grad():
         rnn.policy.weight.zero_()
         rnn.policy.bias.fill_(logit(delta))
@@ -65,7 +65,7 @@ def test_a_constant_increment_skips_as_many_steps_as_equation_6(network, delta):
 def test_every_gap_follows_from_the_state_at_its_update(network, gate_state):
     """Δũ = sigmoid(w_p s_t + b_p), from the cell state of an LSTM and h of a GRU, says when the next update is."""
     torch.manual_seed(1)
-    rnn = network(2, 6).double()
+    rnn = network(2, 6, batch_first=True).double()
     with torch.no_grad():
         rnn.policy.weight.mul_(2)
         rnn.policy.bias.fill_(-1.5)
@@ -86,7 +86,7 @@ def test_every_gap_follows_from_the_state_at_its_update(network, gate_state):
 @pytest.mark.parametrize("bias", [-20.0, 0.0, 20.0])
 def test_the_first_step_always_updates(network, bias):
     torch.manual_seed(2)
-    rnn = network(2, 3)
+    rnn = network(2, 3, batch_first=True)
     with torch.no_grad():
         rnn.policy.bias.fill_(bias)
     updates = rnn(torch.randn(8, 5, 2))[2]
@@ -95,7 +95,7 @@ def test_the_first_step_always_updates(network, bias):
 
 def test_exactly_one_half_is_no_update():
     """Δũ = 0.5: equation 6 would skip nothing; half-to-even rounding skips every other step."""
-    rnn = SkipGRU(2, 3)
+    rnn = SkipGRU(2, 3, batch_first=True)
     with torch.no_grad():
         rnn.policy.weight.zero_()
         rnn.policy.bias.zero_()
@@ -176,7 +176,7 @@ def assert_rate(draw: torch.Tensor, p_skip: float) -> None:
 @pytest.mark.parametrize("p_skip", [0.02, 0.2, 0.5, 0.9])
 def test_random_steps_skip_at_their_rate_in_training_and_in_test(p_skip, training):
     torch.manual_seed(4)
-    rnn = Recurrent("gru", "random_steps", 1, 1, p_skip=p_skip).train(training)
+    rnn = Recurrent("gru", "random_steps", 1, 1, p_skip=p_skip, batch_first=True).train(training)
     updates = rnn(torch.zeros(500, 40, 1))[2]
     assert updates.shape == (500, 40)
     assert set(updates.unique().tolist()) == {0.0, 1.0}
@@ -191,7 +191,7 @@ def test_random_steps_skip_at_their_rate_in_training_and_in_test(p_skip, trainin
 @pytest.mark.parametrize("p_skip", [0.25, 0.5, 0.9])
 def test_random_neurons_skip_at_their_rate_in_training_and_in_test(p_skip, training):
     torch.manual_seed(5)
-    rnn = Recurrent("gru", "random_neurons", 1, 4, 2, p_skip=p_skip).train(training)
+    rnn = Recurrent("gru", "random_neurons", 1, 4, 2, p_skip=p_skip, batch_first=True).train(training)
     updates = rnn(torch.zeros(100, 30, 1))[2]
     assert updates.shape == (100, 30, 8)
     assert set(updates.unique().tolist()) == {0.0, 1.0}
@@ -206,13 +206,13 @@ def test_random_neurons_skip_at_their_rate_in_training_and_in_test(p_skip, train
 def test_p_skip_0_is_always_and_p_skip_1_is_never(cell, policy):
     torch.manual_seed(6)
     x = torch.randn(3, 7, 2)
-    rnn = Recurrent(cell, policy, 2, 4, p_skip=0.0)
-    plain = Recurrent(cell, "always", 2, 4)
+    rnn = Recurrent(cell, policy, 2, 4, p_skip=0.0, batch_first=True)
+    plain = Recurrent(cell, "always", 2, 4, batch_first=True)
     plain.load_state_dict(rnn.state_dict())
     output, _, updates = rnn(x)
     assert updates.min() == 1
     torch.testing.assert_close(output, plain(x)[0])
-    never = Recurrent(cell, policy, 2, 4, p_skip=1.0)
+    never = Recurrent(cell, policy, 2, 4, p_skip=1.0, batch_first=True)
     output, state, updates = never(x)
     assert updates.max() == 0
     initial = never.cells[0].initial_state(3)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from skiprnn import (
     GRU,
@@ -55,7 +56,7 @@ def lively(rnn: Recurrent) -> Recurrent:
 def make(network: type[Recurrent], layers: int = 1, seed: int = 0, **options) -> Recurrent:
     """A lively network in float64."""
     torch.manual_seed(seed)
-    return lively(network(I, H, layers, dtype=torch.float64, **options))
+    return lively(network(I, H, layers, dtype=torch.float64, batch_first=True, **options))
 
 
 def sequences(batch: int = B, steps: int = T) -> torch.Tensor:
@@ -98,7 +99,7 @@ def is_per_neuron(network: type[Recurrent]) -> bool:
 @every_depth
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shapes_and_dtypes(network, layers, dtype):
-    rnn = network(I, H, layers, dtype=dtype)
+    rnn = network(I, H, layers, dtype=dtype, batch_first=True)
     output, state, updates = rnn(torch.randn(B, T, I, dtype=dtype))
     assert output.shape == (B, T, H)
     assert updates.shape == ((B, T, layers * H) if is_per_neuron(network) else (B, T))
@@ -122,15 +123,15 @@ def test_without_batch_first_input_and_output_are_time_major(network, layers):
     rnn.batch_first = False
     output, state, updates = rnn(x.transpose(0, 1))
     assert torch.equal(output, expected_output.transpose(0, 1))
-    assert torch.equal(updates, expected_updates)
+    assert torch.equal(updates, expected_updates.transpose(0, 1))
     assert_same(state, expected_state)
-    assert network(I, H, layers, batch_first=False)(torch.randn(T, B, I))[0].shape == (T, B, H)
+    assert network(I, H, layers)(torch.randn(T, B, I))[0].shape == (T, B, H)
 
 
 @every_network
 def test_each_layer_may_have_its_own_size(network):
     torch.manual_seed(0)
-    rnn = network(I, [4, 6], 2)
+    rnn = network(I, [4, 6], 2, batch_first=True)
     x = torch.randn(B, T, I)
     output, state, updates = rnn(x)
     assert output.shape == (B, T, 6)
@@ -221,6 +222,130 @@ def test_lengths_of_all_steps_change_nothing(network):
     assert_same(same_state, state)
 
 
+# nn.LSTM's forms of input
+
+
+@every_network
+@every_depth
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_one_sequence_is_a_batch_of_one_without_the_batch(network, layers, batch_first):
+    rnn = make(network, layers)
+    rnn.batch_first = batch_first
+    x = sequences(batch=1)
+    look_at = fix_draw(rnn, x)
+    output, state, updates = rnn(x if batch_first else x.transpose(0, 1))
+    batch = 0 if batch_first else 1
+    alone_output, alone_state, alone_updates = rnn(x[0])
+    assert alone_output.shape == (T, H)
+    assert alone_state.h.shape == (layers, H)
+    assert torch.equal(alone_output, output.squeeze(batch))
+    assert torch.equal(alone_updates, updates.squeeze(batch))
+    assert_same(alone_state, [part if part is None else part.squeeze(-2 if part.dim() == 3 else 0) for part in state])
+    look_at(steps=slice(4))
+    first, middle, _ = rnn(x[0, :4])
+    look_at(steps=slice(4, None))
+    second, end, _ = rnn(x[0, 4:], middle)
+    torch.testing.assert_close(torch.cat([first, second]), alone_output, rtol=1e-12, atol=1e-12)
+    assert_same(end, alone_state)
+    h, c = torch.randn(2, layers, H, dtype=torch.float64)
+    assert rnn(x[0, 4:], (h, c) if is_lstm(network) else h)[0].shape == (T - 4, H)
+    with pytest.raises(ValueError, match="takes no lengths"):
+        rnn(x[0], lengths=[3])
+
+
+@every_network
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("lengths", "enforce_sorted"), [([T, 6, 6, 2], True), ([4, T, 1, 4], False)])
+def test_packed_sequences_equal_lengths(network, batch_first, lengths, enforce_sorted):
+    """In, out and state as torch.nn.LSTM has them: the state in the order before sorting."""
+    rnn = make(network, 2)
+    x = sequences()
+    fix_draw(rnn, x)
+    output, state, updates = rnn(x, lengths=lengths)
+    rnn.batch_first = batch_first
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=enforce_sorted)
+    packed_output, packed_state, packed_updates = rnn(packed)
+    theirs, (their_h, _) = nn.LSTM(I, H, 2).double()(packed)
+    assert packed_state.h.shape == their_h.shape
+    assert_same(packed_state, state)
+    for ours in (packed_output, packed_updates):
+        assert torch.equal(ours.batch_sizes, theirs.batch_sizes)
+        for name in ("sorted_indices", "unsorted_indices"):
+            mine, expected = getattr(ours, name), getattr(theirs, name)
+            assert mine is expected is None or torch.equal(mine, expected)
+    valid = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
+    for ours, expected in ((packed_output, output), (packed_updates, updates)):
+        padded, found = pad_packed_sequence(ours, batch_first=True)
+        assert found.tolist() == lengths
+        assert torch.equal(padded[valid], expected[valid])
+    with pytest.raises(ValueError, match="leave out lengths"):
+        rnn(packed, lengths=lengths)
+
+
+@every_network
+def test_lengths_may_be_a_list(network):
+    rnn = make(network)
+    x = sequences()
+    fix_draw(rnn, x)
+    assert torch.equal(rnn(x, lengths=[T, 1, 4, 6])[0], rnn(x, lengths=torch.tensor([T, 1, 4, 6]))[0])
+    with pytest.raises(ValueError, match="lengths must be integers, one per sequence; got 'abcd'"):
+        rnn(x, lengths="abcd")
+
+
+@every_network
+def test_the_layout_is_torchs(network):
+    assert network(I, H).batch_first is nn.LSTM(I, H).batch_first is False
+    output, state, updates = network(I, H)(torch.randn(T, B, I))
+    assert output.shape == (T, B, H)
+    assert updates.shape[:2] == (T, B)
+    assert state.h.shape == (1, B, H)
+    assert network(I, H).flatten_parameters() is None
+
+
+# torch's weights
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@every_depth
+def test_weights_from_torch_and_back(layers, bias, batch_first):
+    torch.manual_seed(0)
+    theirs = nn.LSTM(I, H, layers, bias=bias, batch_first=batch_first)
+    ours = LSTM.from_torch(theirs)
+    x = torch.randn(B, T, I)
+    expected, (h, c) = theirs(x)
+    for output, (last_h, last_c) in ((ours(x)[0], ours(x)[1][:2]), ours.to_torch()(x)):
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(last_h, h, rtol=0, atol=1e-6)
+        torch.testing.assert_close(last_c, c, rtol=0, atol=1e-6)
+
+
+def test_a_skip_lstm_from_torch_that_always_updates_is_the_lstm():
+    theirs = nn.LSTM(I, H, 2)
+    ours = SkipLSTM.from_torch(theirs, learn_initial_state=True)
+    with torch.no_grad():
+        ours.policy.bias.fill_(50.0)
+    x = torch.randn(T, B, I)
+    output, _, updates = ours(x)
+    assert updates.min() == 1
+    torch.testing.assert_close(output, theirs(x)[0], rtol=0, atol=1e-6)
+    assert all(cell.learn_initial_state for cell in ours.cells)
+
+
+def test_what_does_not_go_between_torch_and_ours_is_named():
+    with pytest.raises(ValueError, match="resets the state before the product"):
+        SkipGRU.from_torch(nn.GRU(I, H))
+    with pytest.raises(ValueError, match=r"takes a torch.nn.LSTM; got GRU"):
+        SkipLSTM.from_torch(nn.GRU(I, H))
+    for options in ({"bidirectional": True}, {"proj_size": 2}, {"dropout": 0.5}):
+        with pytest.raises(ValueError, match=f"SkipLSTM has no {next(iter(options))}"):
+            SkipLSTM.from_torch(nn.LSTM(I, H, 2, **options))
+    with pytest.raises(ValueError, match="begins with zeros"):
+        LSTM(I, H).to_torch()
+    with pytest.raises(ValueError, match="one hidden size"):
+        LSTM(I, [4, 5], 2, learn_initial_state=False).to_torch()
+
+
 # continuing
 
 
@@ -304,7 +429,7 @@ def test_pickle_deepcopy_and_state_dict_keep_the_function(network, layers):
     file = io.BytesIO()
     torch.save(rnn.state_dict(), file)
     file.seek(0)
-    restored = network(I, H, layers, dtype=torch.float64)
+    restored = network(I, H, layers, dtype=torch.float64, batch_first=True)
     assert not torch.equal(run(restored)[0], expected[0])
     restored.load_state_dict(torch.load(file, weights_only=True))
     for model in (pickle.loads(pickle.dumps(rnn)), copy.deepcopy(rnn), restored):
@@ -328,7 +453,7 @@ def test_another_architecture_is_refused():
 @every_network
 def test_reset_parameters_draws_as_the_constructor_does(network):
     torch.manual_seed(2)
-    rnn = network(I, H, 2)
+    rnn = network(I, H, 2, batch_first=True)
     fresh = {name: value.clone() for name, value in rnn.state_dict().items()}
     lively(rnn)
     rnn.policy.set_epoch(60)
@@ -348,7 +473,7 @@ some_networks = pytest.mark.parametrize(
 
 @some_networks
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("shape", [(I,), (T, I), (B, T, I + 1), (B, 0, I), (B, T, I, 1)])
+@pytest.mark.parametrize("shape", [(I,), (B, T, I + 1), (B, 0, I), (B, T, I, 1)])
 def test_wrong_input_shapes_are_named(network, shape, batch_first):
     rnn = network(I, H, batch_first=batch_first)
     if not batch_first and len(shape) == 3:
@@ -360,9 +485,15 @@ def test_wrong_input_shapes_are_named(network, shape, batch_first):
 
 
 @some_networks
+def test_what_is_no_tensor_is_named(network):
+    with pytest.raises(ValueError, match="x must be a tensor or a PackedSequence; got list"):
+        network(I, H)([[0.0] * I])
+
+
+@some_networks
 def test_other_dtypes_are_named(network):
     with pytest.raises(ValueError, match=r"x is torch.float64, the parameters are torch.float32"):
-        network(I, H)(torch.zeros(B, T, I, dtype=torch.float64))
+        network(I, H, batch_first=True)(torch.zeros(B, T, I, dtype=torch.float64))
 
 
 @some_networks
@@ -371,13 +502,13 @@ def test_other_dtypes_are_named(network):
 )
 def test_wrong_lengths_are_named(network, lengths):
     with pytest.raises(ValueError, match=f"lengths must be {B} integers"):
-        network(I, H)(torch.zeros(B, T, I), lengths=lengths)
+        network(I, H, batch_first=True)(torch.zeros(B, T, I), lengths=lengths)
 
 
 @some_networks
 @pytest.mark.parametrize("shape", [(1, B, H), (2, B + 1, H), (2, B, H + 1), (B, H), (3, B, H)])
 def test_wrong_state_shapes_are_named(network, shape):
-    rnn = network(I, H, 2)
+    rnn = network(I, H, 2, batch_first=True)
     h = torch.zeros(shape)
     state = (h, h) if is_lstm(network) else h
     with pytest.raises(ValueError, match="state h must be") as error:
@@ -389,7 +520,7 @@ def test_wrong_state_shapes_are_named(network, shape):
 def test_states_of_another_dtype_are_named(network):
     h = torch.zeros(1, B, H, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"state h is torch.float64, the parameters are torch.float32"):
-        network(I, H)(torch.zeros(B, T, I), (h, h) if is_lstm(network) else h)
+        network(I, H, batch_first=True)(torch.zeros(B, T, I), (h, h) if is_lstm(network) else h)
 
 
 @pytest.mark.parametrize("network", [LSTM, RandomSkipLSTM, SkipLSTM, SALSTM])
@@ -397,20 +528,20 @@ def test_an_lstm_needs_its_cell_state(network):
     h = torch.zeros(1, B, H)
     for state in (h, (h,), RecurrentState(h)):
         with pytest.raises(ValueError, match="state must hold h, c"):
-            network(I, H)(torch.zeros(B, T, I), state)
+            network(I, H, batch_first=True)(torch.zeros(B, T, I), state)
 
 
 def test_gates_that_do_not_fit_are_refused():
     x, h, gate = torch.zeros(H, T, I), torch.zeros(1, H, H), torch.zeros(H, 1)
     with pytest.raises(ValueError, match="state must hold h; got 3 parts"):
-        GRU(I, H)(x, RecurrentState(h, None, gate, gate))
+        GRU(I, H, batch_first=True)(x, RecurrentState(h, None, gate, gate))
     with pytest.raises(ValueError, match="state must hold h and the gate; got 2 parts"):
-        SkipGRU(I, H)(x, (h, gate))
+        SkipGRU(I, H, batch_first=True)(x, (h, gate))
     for wrong in (torch.zeros(H), torch.zeros(H + 1, 1), torch.zeros(H, H)):  # (H,) would broadcast to (H, H)
         with pytest.raises(ValueError, match=r"gate must be \(5, 1\) each; got"):
-            SkipGRU(I, H)(x, (h, wrong, wrong))
+            SkipGRU(I, H, batch_first=True)(x, (h, wrong, wrong))
     with pytest.raises(ValueError, match=r"state gate is torch.float64"):
-        SkipGRU(I, H)(x, (h, gate.double(), gate.double()))
+        SkipGRU(I, H, batch_first=True)(x, (h, gate.double(), gate.double()))
 
 
 @pytest.mark.parametrize(
@@ -424,6 +555,9 @@ def test_gates_that_do_not_fit_are_refused():
         (("lstm", "always", I, [4, 5]), "a hidden size for each layer.*num_layers=1"),
         (("lstm", "always", I, [4, 5], 3), "a hidden size for each layer.*num_layers=3"),
         (("lstm", "always", I, [], 0), "sizes must be at least 1"),
+        (("lstm", "always", 3.0, H), "sizes must be integers; got input_size=3.0"),
+        (("lstm", "always", I, 5.0), "sizes must be integers.*hidden_size=5.0"),
+        (("lstm", "always", I, [4, 5.0], 2), "sizes must be integers"),
     ],
 )
 def test_wrong_construction_is_named(arguments, message):
@@ -450,7 +584,7 @@ def test_random_skip_networks_check_p_skip(network):
 def single(network: type[Recurrent], stack: Recurrent, layer: int) -> Recurrent:
     """One layer of a stack as a network of its own, without the policy's parameters."""
     cell = stack.cells[layer]
-    rnn = network(cell.input_size, cell.hidden_size, dtype=torch.float64)
+    rnn = network(cell.input_size, cell.hidden_size, dtype=torch.float64, batch_first=True)
     rnn.cells[0].load_state_dict(cell.state_dict())
     return rnn
 
@@ -492,7 +626,9 @@ def test_a_stack_is_a_chain_of_layers(network):
 def test_skipping_is_as_if_the_skipped_inputs_were_not_there(network, layers):
     """Step policies copy all layers together, so the kept inputs alone, without skipping, give the same states."""
     rnn = make(network, layers)
-    plain = Recurrent("lstm" if is_lstm(network) else "gru", "always", I, H, layers, dtype=torch.float64)
+    plain = Recurrent(
+        "lstm" if is_lstm(network) else "gru", "always", I, H, layers, dtype=torch.float64, batch_first=True
+    )
     plain.layers.load_state_dict(rnn.layers.state_dict())
     x = sequences(steps=20)
     output, state, updates = rnn(x)
@@ -564,7 +700,7 @@ def test_neurons_that_do_not_update_keep_their_state(network):
 @pytest.mark.parametrize("network", [LSTM, GRU])
 def test_gradients_agree_with_finite_differences(network):
     torch.manual_seed(3)
-    rnn = lively(network(2, 3, 2, dtype=torch.float64))
+    rnn = lively(network(2, 3, 2, dtype=torch.float64, batch_first=True))
     names, parameters = zip(*rnn.named_parameters(), strict=True)
     x = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([3, 2])
@@ -669,7 +805,7 @@ def test_learned_policies_agree_with_an_independent_loop(network, layers):
 @pytest.mark.parametrize("engine", ["reference", "native"])
 def test_padding_counts_for_nothing_even_if_it_is_nan(engine):
     torch.manual_seed(0)
-    rnn = SkipLSTM(2, 3, engine=engine)
+    rnn = SkipLSTM(2, 3, engine=engine, batch_first=True)
     x, lengths = torch.randn(2, 5, 2), torch.tensor([5, 3])
     padded = x.clone()
     padded[1, 3:] = torch.nan

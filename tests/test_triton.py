@@ -119,7 +119,15 @@ def test_half_precision_products_are_as_exact_as_tf32(cell, policy, hidden, monk
     assert launch.operands(torch.float32) == torch.float16
     torch.manual_seed(2)
     x = torch.randn(3, 8, 2, device=DEVICE)
-    rnn = Recurrent(cell, policy, 2, hidden, device=DEVICE, **({"p_skip": 0.4} if policy == "random_steps" else {}))
+    rnn = Recurrent(
+        cell,
+        policy,
+        2,
+        hidden,
+        device=DEVICE,
+        batch_first=True,
+        **({"p_skip": 0.4} if policy == "random_steps" else {}),
+    )
     if policy == "skip":
         rnn.policy.bias.data.fill_(-0.5)
     runs = []
@@ -191,7 +199,7 @@ def test_auto_leaves_wide_layers_to_torch(monkeypatch):
     processors = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
-    rnn = Recurrent("lstm", "skip", 8, 512, 2)
+    rnn = Recurrent("lstm", "skip", 8, 512, 2, batch_first=True)
     with FakeTensorMode():
         small, large = torch.empty(32, 25, 8, device="cuda"), torch.empty(1024, 25, 8, device="cuda")
     assert "2 of the GPU's 132 processors" in triton.unsupported(rnn.cells, rnn.policy, small)

@@ -139,7 +139,9 @@ def check(file: Path, engine: str, device: str) -> None:
     if kind == "SARNN":
         x = x.transpose(0, 1).contiguous()
         hidden = arrays["var.z.bias"].size
-        rnn = Recurrent("gru", "selective", x.shape[2], hidden, learn_initial_state=False, engine=engine)
+        rnn = Recurrent(
+            "gru", "selective", x.shape[2], hidden, learn_initial_state=False, engine=engine, batch_first=True
+        )
         out = torch.nn.Linear(hidden, arrays["var.out.bias"].size)
         variables = selective_variables(arrays, rnn, out)
         variables.load()
@@ -156,7 +158,7 @@ def check(file: Path, engine: str, device: str) -> None:
     else:
         cell, policy = CELL_AND_POLICY[kind]
         sizes = [v.size for k, v in sorted(arrays.items()) if k.startswith("var.") and "initial_h" in k]
-        rnn = Recurrent(cell, policy, x.shape[2], sizes, len(sizes), engine=engine)
+        rnn = Recurrent(cell, policy, x.shape[2], sizes, len(sizes), engine=engine, batch_first=True)
         variables = skip_variables(kind, arrays, rnn)
         variables.load()
         output, _, updates = rnn(x)

@@ -31,7 +31,7 @@ import torch
 from skiprnn import SkipLSTM
 
 torch.manual_seed(0)
-rnn, x = SkipLSTM(3, 5), torch.randn(2, 7, 3)
+rnn, x = SkipLSTM(3, 5, batch_first=True), torch.randn(2, 7, 3)
 output, state, updates = rnn(x)
 (output.square().mean() + updates.mean()).backward()
 assert all(parameter.grad.isfinite().all() for parameter in rnn.parameters())

@@ -80,13 +80,16 @@ class IMDb(StoredData):
         drop_last: bool = False,
     ):
         super().__init__(batch_size, seed, root, drop_last)
-        for name, value, least in [
-            ("length", length, 1),
-            ("vocabulary_size", vocabulary_size, 3),
-            ("min_count", min_count, 1),
+        for name, value, least, most in [
+            ("length", length, 1, 2**16),
+            ("vocabulary_size", vocabulary_size, 3, 2**24),
+            ("min_count", min_count, 1, 2**31),
+            ("reviews_per_class", reviews_per_class, 1, 2**24),
         ]:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}; got {value}")
         if padding not in ("left", "right"):
             raise ValueError(f'padding must be "left" or "right"; got {padding!r}')
         if mask_padding and padding == "left":

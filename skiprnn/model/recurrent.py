@@ -1,6 +1,6 @@
 """A recurrent network = cells × policy × layers, with torch.nn.LSTM's habits.
 
-rnn = SkipLSTM(input_size, hidden_size, num_layers=1, batch_first=True)
+rnn = SkipLSTM(input_size, hidden_size, num_layers=1, batch_first=False)
 output, state, updates = rnn(x, state=None, lengths=None)
 """
 
@@ -10,9 +10,10 @@ from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from skiprnn.model import engines, pretrained
-from skiprnn.model.cells import CELLS, Cell, State
+from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
 from skiprnn.model.engines.call import Call
 from skiprnn.model.policies import POLICIES, Gate, Policy, StepPolicy, make_policy
 from skiprnn.model.stream import Stream
@@ -51,7 +52,7 @@ class Recurrent(nn.Module):
         input_size: I.
         hidden_size: H, one for all layers or one per layer.
         num_layers: L.
-        batch_first: x and output are (B, T, ·); otherwise (T, B, ·). `updates` and `state` do not change with it.
+        batch_first: x, output and updates are (B, T, ·); otherwise (T, B, ·), as in torch. `state` does not change.
         learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
         p_skip: probability of skipping, for policies that draw.
         engine: who runs the time loop, see skiprnn.model.engines; "auto" takes the fastest that serves.
@@ -68,7 +69,7 @@ class Recurrent(nn.Module):
         hidden_size: int | Sequence[int],
         num_layers: int = 1,
         *,
-        batch_first: bool = True,
+        batch_first: bool = False,
         learn_initial_state: bool = True,
         p_skip: float | None = None,
         engine: str = "auto",
@@ -78,7 +79,13 @@ class Recurrent(nn.Module):
         super().__init__()
         if cell not in CELLS:
             raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
-        sizes = [hidden_size] * num_layers if isinstance(hidden_size, int) else list(hidden_size)
+        given = [hidden_size] if isinstance(hidden_size, int | float) else list(hidden_size)
+        if not all(isinstance(size, int) for size in (input_size, num_layers, *given)):
+            raise ValueError(
+                f"sizes must be integers; got input_size={input_size}, hidden_size={hidden_size}, "
+                f"num_layers={num_layers}"
+            )
+        sizes = given * num_layers if isinstance(hidden_size, int) else given
         if min([input_size, num_layers, *sizes]) < 1 or len(sizes) != num_layers:
             raise ValueError(
                 f"sizes must be at least 1, with a hidden size for each layer; got input_size={input_size}, "
@@ -143,33 +150,68 @@ class Recurrent(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | PackedSequence,
         state: RecurrentState | Sequence[Tensor] | Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, RecurrentState, Tensor]:
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Any, RecurrentState, Any]:
         """Run whole sequences.
 
         Args:
-            x: (B, T, I), or (T, B, I) without batch_first; the parameters' dtype and device.
+            x: (T, B, I), or (B, T, I) with batch_first; one sequence (T, I); a PackedSequence; the parameters' dtype
+                and device.
             state: where to continue: a RecurrentState, or as in torch a pair (h, c) for LSTMs, h for GRUs, (L, B, H)
-                each. None: the initial state.
+                each, (L, H) for one sequence. None: the initial state.
             lengths: (B,) integers, the steps of each sequence that count; later ones update nothing and repeat the
                 last valid output. None: all T.
 
         Returns:
-            output: the top layer's h, (B, T, H).
+            output: the top layer's h, (T, B, H), laid out or packed as x.
             state: after the last valid step.
-            updates: 1 where the state was updated, else 0: (B, T) for step policies, (B, T, H) for neuron policies (all
-                layers' neurons side by side); differentiable (straight-through) where the policy learns.
+            updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, H) for neuron policies (all
+                layers' neurons side by side), laid out or packed as x; differentiable (straight-through) where the
+                policy learns.
 
         Raises:
             ValueError: a shape or dtype that does not fit, or weights that a hook computes; the message names it.
         """
+        if isinstance(x, PackedSequence):
+            if lengths is not None:
+                raise ValueError("a PackedSequence has its own lengths: leave out lengths")
+            return self._packed(x, state)
+        if isinstance(x, Tensor) and x.dim() == 2:
+            if lengths is not None:
+                raise ValueError("one sequence (steps, input) takes no lengths: cut it")
+            batch = 0 if self.batch_first else 1
+            output, after, updates = self(x.unsqueeze(batch), _each(state, Tensor.unsqueeze))
+            return output.squeeze(batch), _each(after, Tensor.squeeze), updates.squeeze(batch)
         call = self.prepare(x, state, lengths)
         return self.finish(*engines.ENGINES[self.engine_for(call.x)].run(call))
 
-    def prepare(self, x: Tensor, state=None, lengths: Tensor | None = None) -> Call:
+    def _packed(self, x: PackedSequence, state) -> tuple[PackedSequence, RecurrentState, PackedSequence]:
+        """forward of a PackedSequence; as in torch, `state` has the order of the sequences before they were sorted."""
+        padded, lengths = pad_packed_sequence(x, self.batch_first)
+        output, after, updates = self(padded, state, lengths)
+        order = torch.arange(len(lengths)) if x.sorted_indices is None else x.sorted_indices.cpu()
+
+        def pack(padded: Tensor) -> PackedSequence:
+            rows = padded.index_select(0 if self.batch_first else 1, order.to(padded.device))
+            data = pack_padded_sequence(rows, lengths[order], self.batch_first).data
+            return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+
+        return pack(output), after, pack(updates)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights need no copy in one piece, which torch.nn.LSTM's for cuDNN do."""
+
+    def prepare(self, x: Tensor, state=None, lengths: Tensor | Sequence[int] | None = None) -> Call:
         """What an engine's run takes, from forward's arguments; the policy's decisions are drawn here."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor or a PackedSequence; got {type(x).__name__}")
+        if lengths is not None and not isinstance(lengths, Tensor):
+            try:
+                lengths = torch.tensor(lengths)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"lengths must be integers, one per sequence; got {lengths!r}") from None
         x = self._checked(x if self.batch_first or x.dim() < 2 else x.transpose(0, 1), lengths)
         if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
             valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
@@ -182,7 +224,9 @@ class Recurrent(nn.Module):
         self, output: Tensor, states: Sequence[State], gate: Gate, updates: Tensor
     ) -> tuple[Tensor, RecurrentState, Tensor]:
         """forward's results, from what an engine's run returned."""
-        return output if self.batch_first else output.transpose(0, 1), self.pack(states, gate), updates
+        if not self.batch_first:
+            output, updates = output.transpose(0, 1), updates.transpose(0, 1)
+        return output, self.pack(states, gate), updates
 
     def stream(self, state: RecurrentState | None = None) -> Stream:
         """Run one sequence sample by sample, from `state` (batch 1) on; tells which coming samples need not be read."""
@@ -263,6 +307,18 @@ class Recurrent(nn.Module):
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
 
 
+def _each(state, change):
+    """A state whose tensors are changed between one sequence and a batch of one; change is unsqueeze or squeeze."""
+    if isinstance(state, Tensor):
+        return change(state, -2)
+    if isinstance(state, dict):
+        return {name: _each(part, change) for name, part in state.items()}
+    if isinstance(state, RecurrentState):
+        q, s = (None if part is None else change(part, 0) for part in (state.update_prob, state.cum_update_prob))
+        return RecurrentState(_each(state.h, change), _each(state.c, change), q, s, _each(state.others, change))
+    return None if state is None else tuple(_each(part, change) for part in state)
+
+
 class _Named(Recurrent):
     """A cell under a policy, with a name of its own; the arguments are Recurrent's."""
 
@@ -276,11 +332,82 @@ class _Named(Recurrent):
             options = {"p_skip": 0.5, **options}
         super().__init__(cell, policy, input_size, hidden_size, num_layers, **options)
 
+    @classmethod
+    def from_torch(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:
+        """A network that begins with the weights of a torch.nn.LSTM, so with zeros as its initial state.
+
+        Its policy is new. A Skip LSTM's gate starts close to 1, so fine-tuning starts from the LSTM's function.
+
+        Args:
+            lstm: the trained module.
+            options: as for the constructor; batch_first, device and dtype are the module's unless given.
+
+        Raises:
+            ValueError: the cell is a GRU, or the module has what this network has not: the message names it.
+        """
+        if cls.cell_and_policy[0] != "lstm":
+            raise ValueError(
+                f"{cls.__name__} cannot take weights from torch: the papers' GRU resets the state before the product, "
+                "torch.nn.GRU after it, so no weights make them equal"
+            )
+        if not isinstance(lstm, nn.LSTM):
+            raise ValueError(f"from_torch takes a torch.nn.LSTM; got {type(lstm).__name__}")
+        for name in ("bidirectional", "proj_size", "dropout"):
+            if getattr(lstm, name):
+                raise ValueError(f"{cls.__name__} has no {name}; the torch.nn.LSTM has {name}={getattr(lstm, name)}")
+        weight = next(lstm.parameters())
+        defaults = Options(batch_first=lstm.batch_first, device=weight.device, dtype=weight.dtype)
+        options = Options(**{"learn_initial_state": False, **defaults, **options})
+        rnn = cls(lstm.input_size, lstm.hidden_size, lstm.num_layers, **options)
+        order = _gate_rows(TORCH_GATES, LSTMCell.gates, lstm.hidden_size).to(weight.device)
+        with torch.no_grad():
+            for layer, cell in enumerate(rnn.cells):
+                cell.weight_ih.copy_(getattr(lstm, f"weight_ih_l{layer}")[order])
+                cell.weight_hh.copy_(getattr(lstm, f"weight_hh_l{layer}")[order])
+                cell.bias.copy_(cell.bias - cell.total_bias)  # what is added for good is taken off
+                if lstm.bias:
+                    both = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
+                    cell.bias.add_(both[order].to(cell.bias))
+                for initial in cell.initial_state(1):
+                    initial.zero_()
+        return rnn
+
+
+TORCH_GATES = ("i", "f", "j", "o")  # of torch.nn.LSTM's rows; it calls j g
+
+
+def _gate_rows(given: Sequence[str], wanted: Sequence[str], hidden_size: int) -> Tensor:
+    """(G*H,): the rows that put weights with the gates in the order `given` into the order `wanted`."""
+    return torch.cat([torch.arange(hidden_size) + given.index(gate) * hidden_size for gate in wanted])
+
 
 class LSTM(_Named):
     """LSTM that updates at every step: the papers' baseline."""
 
     cell_and_policy = "lstm", "always"
+
+    def to_torch(self) -> nn.LSTM:
+        """The torch.nn.LSTM of the same weights.
+
+        Raises:
+            ValueError: torch's has no such thing: initial states other than zeros, layers of unequal sizes.
+        """
+        if any(initial.any() for cell in self.cells for initial in cell.initial_state(1)):
+            raise ValueError("torch.nn.LSTM begins with zeros: only an LSTM with learn_initial_state=False becomes one")
+        if not isinstance(self.hidden_size, int):
+            raise ValueError(f"torch.nn.LSTM has one hidden size; the layers have {list(self.hidden_size)}")
+        weight = self.cells[0].weight_ih
+        size, layers = self.hidden_size, self.num_layers
+        options = {"batch_first": self.batch_first, "device": weight.device, "dtype": weight.dtype}
+        lstm = nn.LSTM(self.input_size, size, layers, **options)
+        order = _gate_rows(LSTMCell.gates, TORCH_GATES, size).to(weight.device)
+        with torch.no_grad():
+            for layer, cell in enumerate(self.cells):
+                getattr(lstm, f"weight_ih_l{layer}").copy_(cell.weight_ih[order])
+                getattr(lstm, f"weight_hh_l{layer}").copy_(cell.weight_hh[order])
+                getattr(lstm, f"bias_ih_l{layer}").copy_(cell.total_bias[order])
+                getattr(lstm, f"bias_hh_l{layer}").zero_()
+        return lstm
 
 
 class GRU(_Named):

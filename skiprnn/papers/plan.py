@@ -55,11 +55,11 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
     try:
         grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
         with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
-            name = compose(grid[0])["experiment"]
+            name = compose(grid[0] if grid else [])["experiment"]
             experiment = load(name) if name else None
             return experiment, runs(experiment, grid, compose), folders[-1] if folders else None
     except HydraException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(configs.in_one_line(error)) from None
 
 
 def runs(
@@ -80,7 +80,7 @@ def runs(
     """
     rows: dict[str, list[PlannedRun]] = {}  # the runs of a row side by side
     read = _Reader(compose)
-    numbers = compose(list(grid[0]))["rows"] if grid else None
+    numbers = configs.read_sweep(compose(list(grid[0]))).rows if grid else None
     occurrences = Counter(override for combination in grid for override in set(combination))
     for row in selected(experiment, numbers) if experiment else [Row("")]:
         for combination in grid:
@@ -124,7 +124,7 @@ class _Reader:
 
     def seeds(self, overrides: Sequence[str]) -> list[int]:
         """The profile's."""
-        return self.composed(self._groups(overrides))["seeds"]
+        return configs.read_sweep(self.composed(self._groups(overrides))).seeds
 
     def _groups(self, overrides: Sequence[str]) -> tuple[str, ...]:
         return tuple(override for override in overrides if not self.VALUE.fullmatch(override))

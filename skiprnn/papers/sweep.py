@@ -14,7 +14,7 @@ from rich.table import Table
 from skiprnn.papers import experiments, plan, table
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
-from skiprnn.training.config import RunConfig, packaged
+from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.estimate import seconds_per_epoch
 from skiprnn.training.folder import duration
 from skiprnn.training.job import Draw
@@ -43,14 +43,14 @@ def run(
     """
     job.quieten()
     try:
-        name = compose(grid[0])["experiment"]
+        name = compose(grid[0] if grid else [])["experiment"]
         experiment = experiments.load(name) if name else None
         planned = plan.runs(experiment, grid, compose)
         place = find_place(Path(planned[0].run.output))
         todo = [one for one in planned if not one.folder.complete and not one.folder.diverged]
-        plan.save_plan(experiment, command, planned)
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
+        plan.save_plan(experiment, command, planned)  # what cannot work was refused, and leaves nothing
         if experiment and todo and place.here and not place.gpu:
             tell_other_profiles(experiment, grid, compose, todo, seconds, place.workers)
         # the longest first: none is left alone at the end
@@ -161,11 +161,11 @@ def tell_other_profiles(
     told = []
     for name in sorted({file.stem for file in folder.glob("*.yaml")} - {first.run.profile["name"]}):
         profile = f"profile={folder.name}/{name}"
-        other = plan.runs(
-            experiment,
-            [[*(one for one in given if not one.startswith("profile=")), profile] for given in grid],
-            compose,
-        )
+        given = [[*(one for one in given if not one.startswith("profile=")), profile] for given in grid]
+        try:
+            other = plan.runs(experiment, given, compose)
+        except ConfigError:  # what was given besides does not go with this one
+            continue
         like_first = next((one.run for one in other if network_of(one) == network_of(first)), None)
         if like_first is None:
             continue

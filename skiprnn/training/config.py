@@ -239,6 +239,21 @@ class RunConfig:
         return f"{self.data['name']}/{self.row}/seed{self.seed}_{self.hash}"
 
 
+@dataclass
+class SweepConfig:
+    """What belongs to a sweep as a whole."""
+
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])  # of every row of an experiment
+    rows: list[int] | None = None  # of the experiment, by number from 1; None: all
+
+    def __post_init__(self):
+        for name, numbers, least in (("seeds", self.seeds, 0), ("rows", self.rows, 1)):
+            _require(
+                numbers is None or (len(numbers) == len(set(numbers)) > 0 and min(numbers) >= least),
+                f"{name}={numbers}: must be different numbers from {least} on, such as [{least}, {least + 1}]",
+            )
+
+
 def _settings(part: Any) -> dict[str, Any]:
     """A config's values, without those of later options that stand at their default."""
     fields = dataclasses.fields(part)
@@ -266,20 +281,39 @@ def read(config: DictConfig) -> RunConfig:
     Raises:
         ConfigError: unknown key, wrong type, or a value out of its range.
     """
-    try:
-        given = OmegaConf.masked_copy(config, _fields(config))
-        if isinstance(given.get("model"), DictConfig):
-            with open_dict(given):
-                _without_retired(given.model)
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), given)
-        run = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from None
+    sweep = read_sweep(config)
+    run = _checked(RunConfig, config, [str(key) for key in config if key != "hydra" and not hasattr(sweep, str(key))])
     assert isinstance(run, RunConfig)
     return run
 
 
-def _fields(config: DictConfig) -> list[str]:
-    """All top-level keys but those that belong to the sweep as a whole."""
-    return [str(key) for key in config if key not in ("hydra", "seeds", "rows")]
+def read_sweep(config: DictConfig) -> SweepConfig:
+    """What a composed Hydra config says of a sweep as a whole, checked.
+
+    Raises:
+        ConfigError: as `read`.
+    """
+    sweep = _checked(SweepConfig, config, [field.name for field in dataclasses.fields(SweepConfig)])
+    assert isinstance(sweep, SweepConfig)
+    return sweep
+
+
+def _checked(kind: type, config: DictConfig, keys: list[str]) -> Any:
+    try:
+        given = OmegaConf.masked_copy(config, keys)
+        if isinstance(given.get("model"), DictConfig):
+            with open_dict(given):
+                _without_retired(given.model)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        said = (
+            str(error).splitlines()[0].replace("AnyNode is not a ListConfig, list or tuple", "no list, such as [1, 2]")
+        )
+        raise ConfigError(f"{key}{said}") from None
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error of Hydra's says, without where it has searched."""
+    said = str(error).partition("Config search path:")[0]
+    return " ".join(said.split())

@@ -25,7 +25,8 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from skiprnn.data.base import DataError, SequenceData
+from skiprnn.data.base import DataError, GeneratedData, SequenceData
+from skiprnn.model.cells import CELLS
 from skiprnn.training import provenance, wandb_page
 from skiprnn.training.config import ConfigError, DivergedError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, StorageError, load_weights, read_checkpoint
@@ -99,6 +100,9 @@ def make_data(run: RunConfig) -> SequenceData:
         ConfigError: an argument that the data class does not have, or that cannot work.
     """
     arguments = {key: value for key, value in run.data.items() if key not in ("_target_", "name")}
+    for name, instead in (("batch_size", "training.batch_size"), ("seed", "seed"), ("root", "data_root")):
+        if name in arguments:
+            raise ConfigError(f"data.{name}={arguments[name]}: the setting is {instead}")
     kind = data_class(run)
     known = inspect.signature(kind).parameters
     try:
@@ -109,8 +113,27 @@ def make_data(run: RunConfig) -> SequenceData:
         return kind(**arguments, batch_size=run.training.batch_size, seed=run.seed, root=run.data_root)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"data={run.data['name']}: {error}") from None
+
+
+def require_memory(run: RunConfig, data: SequenceData, device: torch.device) -> None:
+    """Raises ConfigError where there is less memory than the weights need, with gradients and Adam's two moments, or
+    than the sets that a generated data set draws beforehand; all float32."""
+    model, gates = run.model, len(CELLS[run.model.cell].gates)
+    words = data.vocabulary_size or 0
+    inputs = (model.embedding_size if words else data.input_size) + (2 * model.num_layers - 1) * model.hidden_size
+    weights = 4 * 4 * (gates * model.hidden_size * inputs + words * model.embedding_size)
+    drawn = sum(data.examples[split] for split in ("validation", "test")) if isinstance(data, GeneratedData) else 0
+    sets = 4 * drawn * data.steps * data.input_size
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.mem_get_info(device)[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for needed, settings in (
+        (weights, f"model.hidden_size={model.hidden_size}, model.num_layers={model.num_layers}: the weights need"),
+        (sets, f"data={run.data['name']}: its validation and test batches need"),
+    ):
+        if needed > there:
+            raise ConfigError(f"{settings} {needed / 2**30:,.0f} GiB of memory; there are {there / 2**30:,.0f}")
 
 
 def make_module(run: RunConfig) -> SequenceModule:
@@ -124,6 +147,7 @@ def make_module(run: RunConfig) -> SequenceModule:
     prepare_process(run)
     data = make_data(run)
     data.prepare()
+    require_memory(run, data, device)
     data.load(device)
     module = SequenceModule(run, data)
     try:

@@ -34,6 +34,7 @@ class Network(nn.Module):
             learn_initial_state=model.learn_initial_state,
             p_skip=model.p_skip,
             engine=engine,
+            batch_first=True,
         )
         self.dropout = nn.Dropout(model.dropout)
         self.readout = nn.Linear(model.hidden_size, data.outputs)

@@ -17,6 +17,7 @@ from skiprnn.training.config import ConfigError, DivergedError, RunConfig
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.job import Draw
 
+MOST = 1024  # processes
 ATTEMPTS = 3  # launches that bring no run further, before it is given up
 
 Packs = list[list[RunConfig]]  # jobs: runs that are trained side by side
@@ -103,9 +104,11 @@ class Here:
     def __init__(self, n_jobs: int = 1):
         try:
             self.workers = effective_n_jobs(n_jobs)
+            if self.workers > MOST:
+                raise ValueError
         except (TypeError, ValueError):
             raise ConfigError(
-                f"hydra.launcher.n_jobs={n_jobs}: a number of processes, or -1 for one per core"
+                f"hydra.launcher.n_jobs={n_jobs}: a number of processes, or -1 for one per core, at most {MOST}"
             ) from None
         self.gpu = torch.cuda.is_available()
 
