@@ -156,7 +156,7 @@ import skiprnn
 for name in ("LSTM", "GRU", "RandomSkipLSTM", "RandomSkipGRU", "SkipLSTM", "SkipGRU", "SALSTM", "SAGRU"):
     for engine in ("auto", "reference"):
         torch.manual_seed(0)
-        rnn, x = getattr(skiprnn, name)(3, 5, engine=engine), torch.randn(2, 7, 3)
+        rnn, x = getattr(skiprnn, name)(3, 5, batch_first=True, engine=engine), torch.randn(2, 7, 3)
         output, state, updates = rnn(x)
         (output.square().mean() + updates.mean()).backward()
         before = [parameter.detach().clone() for parameter in rnn.parameters()]
