@@ -92,7 +92,7 @@ def test_a_first_compilation_says_so_and_the_second_use_takes_it(machine):
     assert machine.holds_libraries_alone()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "changed"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "changed", "renamed"])
 def test_a_damaged_library_is_compiled_anew(machine, damage):
     """Loading a truncated one would end Python without a word."""
     machine.run()
@@ -100,7 +100,10 @@ def test_a_damaged_library_is_compiled_anew(machine, damage):
     content = file.read_bytes()
     middle = len(content) // 2
     changed = content[:middle] + bytes(64) + content[middle + 64 :]
-    file.write_bytes({"truncated": content[:middle], "empty": b"", "changed": changed}[damage])
+    if damage == "renamed":  # as if what is compiled now were another file
+        file.rename(file.with_name(f"{file.stem[:-16]}{16 * '0'}.so"))
+    else:
+        file.write_bytes({"truncated": content[:middle], "empty": b"", "changed": changed}[damage])
     machine.run()
     assert machine.compiled == ["probe", "recurrence", "recurrence"]
     assert machine.library().read_bytes() == content
