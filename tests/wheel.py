@@ -132,7 +132,7 @@ def check_core(programs: Path, folder: Path) -> None:
 def check_experiments(programs: Path, folder: Path) -> None:
     skiprnn = programs / "skiprnn"
     small = ["profile=digits/smoke", "training.epochs=1", "model.hidden_size=4", "device=cpu", "threads=1"]
-    table = ["experiment=digits", "rows=[1,3]", *small]
+    table = ["experiment=digits", "rows=[1,4]", *small]
     processes = ["hydra/launcher=processes", "hydra.launcher.n_jobs=2"]
     assert "| 1 / 1 " in run(skiprnn, "train", "-m", *table, *processes, folder=folder).stdout
     assert "| 1 / 1 " in run(skiprnn, "tables", *table, folder=folder).stdout
