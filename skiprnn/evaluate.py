@@ -146,13 +146,20 @@ def verify(files: Sequence[Path], settings: Settings) -> int:
 
     Returns:
         How many differ by more than TOLERANCE: devices round differently, and draw other random steps.
+
+    Raises:
+        ConfigError: one has no test results in its record, or cannot be loaded.
     """
     differing = 0
     for number, path in enumerate(files, start=1):
         module = load(path, **settings.place)
-        recorded = read_checkpoint(path)["record"]["best"]["test"]
-        found = evaluate(module, batches=module.run.training.evaluation_batches, shown=told)
         score = measures.SCORES[module.data.task]
+        try:
+            test = read_checkpoint(path)["record"]["best"]["test"]
+            recorded = {key: float(test[key]) for key in (score, "state_updates")}
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"checkpoint {path}: its record has no test results to compare with") from None
+        found = evaluate(module, batches=module.run.training.evaluation_batches, shown=told)
         allowed = {score: TOLERANCE[score], "state_updates": TOLERANCE["state_updates"] * recorded["state_updates"]}
         same = all(abs(found[key] - recorded[key]) <= most for key, most in allowed.items())
         differing += not same

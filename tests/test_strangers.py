@@ -203,6 +203,14 @@ def test_from_pretrained_says_in_one_line_what_is_wrong(honest, tmp_path, change
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("best", [None, {}, {"test": None}, {"test": {"accuracy": "high", "state_updates": 1}}])
+def test_a_record_without_results_is_named(honest, tmp_path, best):
+    file = change_record(honest[1], tmp_path / "x.safetensors", lambda record, tensors: record.update(best=best))
+    with pytest.raises(SystemExit, match=r"^error: checkpoint .*x\.safetensors: its record has no test results"):
+        evaluate.main([f"verify={tmp_path}", "device=cpu"])
+    assert file.exists()
+
+
 def huge_npz(file: Path) -> None:
     """An .npz whose array says that it holds 8 TB."""
     header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (2000000000000,), }"
