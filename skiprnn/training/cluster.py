@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.folder import write_atomically
 from skiprnn.training.job import Draw
 from skiprnn.training.provenance import SNAPSHOT, code_version
@@ -147,13 +147,18 @@ def read_failures(file: Path) -> dict[str, str]:
 
 
 def snapshot(folder: Path) -> Path:
-    """A copy of this package below a folder: jobs run the code that was submitted.
+    """A copy of this package with its configs below a folder: jobs run the code that was submitted.
 
     Returns:
         What takes the place of the package's parent on Python's path.
     """
-    files = sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    contents = {path.relative_to(PACKAGE.parent): path.read_bytes() for path in files}
+    places = {PACKAGE: PACKAGE.name, packaged("conf"): f"{PACKAGE.name}/conf"}
+    contents = {
+        Path(place, path.relative_to(source)): path.read_bytes()
+        for source, place in places.items()
+        for path in sorted(source.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     contents[Path(PACKAGE.name, SNAPSHOT)] = json.dumps(code_version()).encode()
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
     if not (folder / digest).exists():
