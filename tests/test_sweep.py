@@ -324,7 +324,7 @@ def test_jobs_are_found_again(tmp_path):
         first.wait()
         second = subprocess.Popen(program, start_new_session=True, stdout=subprocess.PIPE, text=True)
         for line in second.stdout:
-            if "jobs" in line:
+            if "in jobs" in line:
                 break
         assert line == "2 runs are in jobs that were submitted before\n"
     finally:
