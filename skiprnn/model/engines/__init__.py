@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines import compact, native, reference, triton
+from skiprnn.model.engines import batched, compact, native, reference, triton
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.policies import Policy
 
@@ -23,7 +23,14 @@ class Engine(Protocol):
         """Run whole sequences."""
 
 
-ENGINES: dict[str, Engine] = {"reference": reference, "compact": compact, "native": native, "triton": triton}
+ENGINES: dict[str, Engine] = {
+    "reference": reference,
+    "compact": compact,
+    "native": native,
+    "batched": batched,
+    "triton": triton,
+}
+SHARED = {"batched": batched, "triton": triton}  # several runs in one launch
 
 
 def check(name: str) -> None:
@@ -49,7 +56,7 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
         _say_once(f"skiprnn's reference engine runs this, correctly but slowly; of the fast ones, {reason}")
         return "reference"
     # Triton's interpreter is slow: only where it is asked for
-    fast = ("native", "compact") if x.device.type == "cpu" else ("triton",)
+    fast = ("native", "compact") if x.device.type == "cpu" else ("triton", "batched")
     return next((engine for engine in fast if ENGINES[engine].unsupported(cells, policy, x) is None), "reference")
 
 
@@ -65,6 +72,6 @@ def run_packed(name: str, calls: Sequence[Call]) -> list[Result]:
         name: an engine.
         calls: one per network; equal shapes share a launch on a GPU.
     """
-    if name == "triton" and len({call.x.shape for call in calls}) == 1:
-        return triton.run_packed(calls)
+    if name in SHARED and len({call.x.shape for call in calls}) == 1:
+        return SHARED[name].run_packed(calls)
     return [ENGINES[name].run(call) for call in calls]

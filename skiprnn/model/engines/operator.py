@@ -17,6 +17,7 @@ from skiprnn.model.policies import Policy, RandomNeurons, Selective, Skip
 
 CELLS: dict[str, type[Cell]] = {cell.name: cell for cell in known.CELLS}
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in known.POLICIES}
+PIECES = 64  # of a sequence, at most, that a weight's gradient is summed from
 WEIGHTS = 3  # per layer: weight_ih (G*H, I), weight_hh (G*H, H), total_bias (G*H,)
 
 
@@ -295,6 +296,48 @@ def result_of(call: Call, outputs: Outputs) -> Result:
     gate = tuple(part.unsqueeze(1) for part in outputs.final_gate) if call.gate else call.gate
     updates = outputs.updates if call.policy.learned else outputs.updates.detach()
     return Result(outputs.output, states, gate, updates)
+
+
+def run_stacked(engine: str, calls: Sequence[Call], policy_weights: Sequence[list[Tensor]]) -> list[Result]:
+    """The operator on all calls' tensors, stacked (R, ...)."""
+    problems = [problem_of(engine, call, weights) for call, weights in zip(calls, policy_weights, strict=True)]
+    save = any(needs_gradient(problem) for problem in problems)
+    outputs = apply(_stacked(problems), save)
+    gates = outputs.final_gate if calls[0].gate else [outputs.final_gate] * len(calls)
+    each = zip(outputs.output, outputs.final, gates, outputs.updates, strict=True)
+    return [result_of(call, Outputs(*own, *outputs[4:])) for call, own in zip(calls, each, strict=True)]
+
+
+def _stacked(problems: Sequence[Problem]) -> Problem:
+    """One problem of several of equal shapes."""
+
+    def stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        there = [tensor.to(problems[0].x.device) for tensor in tensors if tensor is not None]
+        return torch.stack(there) if there else None
+
+    def stack_lists(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
+
+    return problems[0]._replace(
+        x=torch.stack([problem.x for problem in problems]),
+        states=stack_lists([problem.states for problem in problems]),
+        weights=stack_lists([problem.weights for problem in problems]),
+        gate=stack_lists([problem.gate for problem in problems]),
+        policy_weights=stack_lists([problem.policy_weights for problem in problems]),
+        draw=stack([problem.draw for problem in problems]),
+        lengths=stack([problem.lengths for problem in problems]),
+    )
+
+
+def summed_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """The gradient of a weight: rows^T columns over all steps and sequences, (R, T, B, K), (R, T, B, X) -> (R, K, X).
+
+    In pieces of a few steps: of one long sum that makes few outputs, libraries keep most of a GPU idle.
+    """
+    runs, steps = rows.shape[:2]
+    pieces = max(count for count in range(1, min(steps, PIECES) + 1) if steps % count == 0)
+    left, right = (part.reshape(runs * pieces, -1, part.shape[-1]) for part in (rows, columns))
+    return torch.bmm(left.mT, right).view(runs, pieces, left.shape[-1], right.shape[-1]).sum(1)
 
 
 def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], list[list[Tensor]]], list[Result]]) -> list[Result]:

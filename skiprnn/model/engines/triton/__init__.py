@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines.call import Call, Result, unknown
-from skiprnn.model.engines.operator import Outputs, Problem, apply, by_layers, needs_gradient, problem_of, result_of
+from skiprnn.model.engines.operator import by_layers, run_stacked
 from skiprnn.model.engines.triton.launch import TILE, operands, padded, wasteful
 from skiprnn.model.policies import Policy, Skip
 
@@ -66,30 +66,4 @@ def _run_stacks(calls: Sequence[Call], policy_weights: Sequence[list[Tensor]]) -
     """The operator on all calls' tensors, stacked (R, ...)."""
     import skiprnn.model.engines.triton.operator  # noqa: F401  (registers the kernels; here, for not everybody has Triton)
 
-    problems = [problem_of("triton", call, weights) for call, weights in zip(calls, policy_weights, strict=True)]
-    save = any(needs_gradient(problem) for problem in problems)
-    outputs = apply(_stacked(problems), save)
-    gates = outputs.final_gate if calls[0].gate else [outputs.final_gate] * len(calls)
-    each = zip(outputs.output, outputs.final, gates, outputs.updates, strict=True)
-    return [result_of(call, Outputs(*own, *outputs[4:])) for call, own in zip(calls, each, strict=True)]
-
-
-def _stacked(problems: Sequence[Problem]) -> Problem:
-    """One problem of several of equal shapes."""
-
-    def stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        there = [tensor.to(problems[0].x.device) for tensor in tensors if tensor is not None]
-        return torch.stack(there) if there else None
-
-    def stack_lists(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
-
-    return problems[0]._replace(
-        x=torch.stack([problem.x for problem in problems]),
-        states=stack_lists([problem.states for problem in problems]),
-        weights=stack_lists([problem.weights for problem in problems]),
-        gate=stack_lists([problem.gate for problem in problems]),
-        policy_weights=stack_lists([problem.policy_weights for problem in problems]),
-        draw=stack([problem.draw for problem in problems]),
-        lengths=stack([problem.lengths for problem in problems]),
-    )
+    return run_stacked("triton", calls, policy_weights)
