@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "measure a checkpoint; or many, beside their records",
     "publish": "trained weights for others, with model cards",
     "dashboard": "one HTML page: how far all sweeps are",
+    "sitting": "a sweep on a GPU that is to be had for minutes at a time",
     "bench": "how long the engines take, beside torch.nn",
 }
 

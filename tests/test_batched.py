@@ -145,13 +145,16 @@ def test_a_graph_could_record_it(cell, policy):
         problems.append(operator._stacked([problem_of("batched", *both) for both in zip(calls, weights, strict=True)]))
         return run_stacked("batched", calls, weights)
 
+    def on_gpu(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
     noted: list = []
     rnn, x = network(cell, policy, 1, 5, 2, "batched"), torch.ones(3, 7, 1)
     for lengths in (None, torch.ones(3, dtype=torch.int64)):
         by_layers([rnn.prepare(x, lengths=lengths)], note)
     with FakeTensorMode():
         for found in problems:
-            parts = tree_map_only(torch.Tensor, lambda one: torch.empty_like(one, device="cuda"), tuple(found))
+            parts = tree_map_only(torch.Tensor, lambda one: on_gpu(one), tuple(found))
             problem = type(found)(*parts)
             with _Noting(noted):
                 outputs = batched.forward(problem, True)

@@ -1,5 +1,7 @@
 """Runs packed into one job end as if each had been alone, bit for bit, whatever was trained alone before."""
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -7,10 +9,10 @@ from conftest import SMALL, command, trained
 from test_runs import assert_same_outcome
 
 from skiprnn.training import folder as runs
-from skiprnn.training import job
-from skiprnn.training.config import DivergedError
+from skiprnn.training import job, module
+from skiprnn.training.config import ConfigError, DivergedError
 from skiprnn.training.keeper import RunKeeper
-from skiprnn.training.module import SequenceModule
+from skiprnn.training.module import SequenceModule, SideBySide
 
 MODELS = {
     "skip": ["model=skip_lstm", "model.cost_per_sample=1e-3"],
@@ -45,6 +47,60 @@ def test_a_pack_equals_single_runs(model, seeds):
     for run in alone:
         trained(run)
     job.train(packed)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
+def test_rows_side_by_side_equal_single_runs(small_run, tmp_path):
+    """Runs of several architectures, λ and p_skip."""
+    rows = [
+        ["model=lstm"],
+        ["model=random_skip_gru", "model.p_skip=0.2"],
+        ["model=skip_lstm", "model.cost_per_sample=1e-3"],
+        ["model=random_skip_gru", "model.p_skip=0.6", "model.dropout=0.2"],
+        ["model=skip_lstm", "model.cost_per_sample=1e-2"],
+    ]
+    alone, packed = (
+        [small_run(*SHORT, *row, f"seed={seed}", f"output={tmp_path / folder}") for seed, row in enumerate(rows)]
+        for folder in ("alone", "packed")
+    )
+    for run in alone:
+        trained(run)
+    job.train(packed)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
+
+
+def test_runs_of_other_protocols_are_not_trained_side_by_side(small_run):
+    with pytest.raises(ConfigError, match="must agree in data and training"):
+        job.train([small_run(), small_run("training.batch_size=64")])
+
+
+def test_where_epochs_take_seconds_not_every_one_is_written(seeds, monkeypatch):
+    """On a GPU. What is not written when it is told to end is written then, and the last epoch is in any case."""
+    alone, packed = seeds("alone"), seeds("packed")
+    for run in alone:
+        trained(run)
+    written, save, step, calls = [], runs.RunFolder.save, SideBySide.training_step, iter(range(9))
+    monkeypatch.setitem(module.WRITTEN_EVERY, "cpu", 1e9)
+    monkeypatch.setattr(
+        runs.RunFolder,
+        "save",
+        lambda self, file, content: (written.append((file.name, content["epoch"])), save(self, file, content)),
+    )
+
+    def ending_step(self, *arguments):
+        if next(calls, 9) == 4:  # the first batch of the third epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, *arguments)
+
+    monkeypatch.setattr(SideBySide, "training_step", ending_step)
+    with pytest.raises(KeyboardInterrupt):
+        job.train(packed)
+    assert written.count(("last.ckpt", 1)) == 3, "with a batch of the third epoch"
+    assert ("last.ckpt", 0) not in written
+    job.train(packed)
+    assert written.count(("last.ckpt", 2)) == 3
     for one, other in zip(alone, packed, strict=True):
         assert_same_outcome(runs.RunFolder(one), runs.RunFolder(other))
 

@@ -527,4 +527,5 @@ def test_epoch_trained_again_replaces_its_row(tmp_path):
     logger = MetricsFile(str(tmp_path))
     for epoch, loss in [(0, 1.0), (1, 2.0), (1, 3.0)]:
         logger.log_metrics({"epoch": epoch, "loss": loss})
+        logger.write()
     assert pd.read_csv(logger.file).to_dict("list") == {"epoch": [0, 1], "loss": [1.0, 3.0]}

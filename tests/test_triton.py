@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skiprnn import LSTM, Recurrent, RecurrentState, SkipLSTM
 from skiprnn.model import engines
-from skiprnn.model.engines import triton
+from skiprnn.model.engines import contact, triton
 from skiprnn.model.policies import POLICIES
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -199,11 +199,12 @@ def test_auto_leaves_wide_layers_to_torch(monkeypatch):
     processors = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(contact, "refused", lambda *_: None)
     rnn = Recurrent("lstm", "skip", 8, 512, 2, batch_first=True)
     with FakeTensorMode():
         small, large = torch.empty(32, 25, 8, device="cuda"), torch.empty(1024, 25, 8, device="cuda")
     assert "2 of the GPU's 132 processors" in triton.unsupported(rnn.cells, rnn.policy, small)
-    assert engines.choose("auto", rnn.cells, rnn.policy, small) == "reference"
+    assert engines.choose("auto", rnn.cells, rnn.policy, small) == "batched"
     assert engines.choose("auto", rnn.cells, rnn.policy, large) == "triton"
 
 

@@ -203,8 +203,10 @@ class Recurrent(nn.Module):
     def flatten_parameters(self) -> None:
         """Does nothing: the weights need no copy in one piece, which torch.nn.LSTM's for cuDNN do."""
 
-    def prepare(self, x: Tensor, state=None, lengths: Tensor | Sequence[int] | None = None) -> Call:
-        """What an engine's run takes, from forward's arguments; the policy's decisions are drawn here."""
+    def prepare(
+        self, x: Tensor, state=None, lengths: Tensor | Sequence[int] | None = None, draw: Tensor | None = None
+    ) -> Call:
+        """What an engine's run takes, from forward's arguments; the policy's decisions are drawn here, unless given."""
         if not isinstance(x, Tensor):
             raise ValueError(f"x must be a tensor or a PackedSequence; got {type(x).__name__}")
         if lengths is not None and not isinstance(lengths, Tensor):
@@ -217,7 +219,8 @@ class Recurrent(nn.Module):
             valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
             x = x.masked_fill(~valid.unsqueeze(2), 0)
         states, gate = self.unpack(state, x.shape[0])
-        draw = self.policy.draw(x, sum(cell.hidden_size for cell in self.cells))
+        if draw is None:
+            draw = self.policy.draw(x, sum(cell.hidden_size for cell in self.cells))
         return Call(self.cells, self.policy, x, states, gate, draw, lengths, alike=state is None)
 
     def finish(

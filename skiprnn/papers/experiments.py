@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from skiprnn.training.config import ConfigError, RunConfig, packaged
 
 FOLDER, OWN = packaged("experiments"), Path("experiments")  # OWN: where a command is started
@@ -83,6 +81,8 @@ def published() -> list[Experiment]:
 
 def read(file: Path) -> dict[str, Any]:
     """As Hydra reads conf/: 1.86e7 is a number, where plain PyYAML takes it for text."""
+    from omegaconf import OmegaConf
+
     content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}

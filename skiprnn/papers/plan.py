@@ -8,19 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
-
-import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from skiprnn.papers.experiments import Experiment, Row, load
 from skiprnn.training import config as configs
 from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
+
+if TYPE_CHECKING:  # only who composes a plan needs it; a saved one is read without
+    from omegaconf import DictConfig
 
 HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
 
@@ -46,10 +42,15 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
     Raises:
         ConfigError: an override that cannot work, an unknown experiment.
     """
+    import hydra
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     overrides = [argument for argument in arguments if not argument.startswith(("publish=", "hydra/", "hydra."))]
     folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
 
-    def compose(given: Sequence[str]) -> DictConfig:
+    def compose(given: Sequence[str]) -> "DictConfig":
         return hydra.compose("config", list(given))
 
     try:
@@ -65,7 +66,7 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
 def runs(
     experiment: Experiment | None,
     grid: Sequence[Sequence[str]],
-    compose: Callable[[list[str]], DictConfig],
+    compose: Callable[[list[str]], "DictConfig"],
 ) -> list[PlannedRun]:
     """All runs of a sweep: rows × grid × seeds, in that order.
 
@@ -111,7 +112,9 @@ class _Reader:
 
     SEED, VALUE = re.compile(r"seed=\d+"), re.compile(r"(\w+\.)+\w+=[\w.+-]+")
 
-    def __init__(self, compose: Callable[[list[str]], DictConfig]):
+    def __init__(self, compose: Callable[[list[str]], "DictConfig"]):
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
         self.compose, self.parser = compose, OverridesParser.create()
         self.composed = cache(lambda groups: compose(list(groups)))
         self.base = cache(lambda groups: configs.read(self.composed(groups)))
@@ -130,6 +133,9 @@ class _Reader:
         return tuple(override for override in overrides if not self.VALUE.fullmatch(override))
 
     def _but_for_seed(self, overrides: tuple[str, ...]) -> RunConfig:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         groups = self._groups(overrides)
         try:
             run = self.base(groups)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from skiprnn.model.cells import CELLS
 from skiprnn.model.engines import ENGINES
 from skiprnn.model.policies import POLICIES
+
+if TYPE_CHECKING:  # only a composed config needs it: runs that files describe are trained without
+    from omegaconf import DictConfig
 
 
 def packaged(name: str) -> Path:
@@ -275,7 +275,7 @@ def _without_retired(model: Any) -> Any:
     return model
 
 
-def read(config: DictConfig) -> RunConfig:
+def read(config: "DictConfig") -> RunConfig:
     """The checked run of a composed Hydra config.
 
     Raises:
@@ -287,7 +287,7 @@ def read(config: DictConfig) -> RunConfig:
     return run
 
 
-def read_sweep(config: DictConfig) -> SweepConfig:
+def read_sweep(config: "DictConfig") -> SweepConfig:
     """What a composed Hydra config says of a sweep as a whole, checked.
 
     Raises:
@@ -298,7 +298,10 @@ def read_sweep(config: DictConfig) -> SweepConfig:
     return sweep
 
 
-def _checked(kind: type, config: DictConfig, keys: list[str]) -> Any:
+def _checked(kind: type, config: "DictConfig", keys: list[str]) -> Any:
+    from omegaconf import DictConfig, OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         given = OmegaConf.masked_copy(config, keys)
         if isinstance(given.get("model"), DictConfig):

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytorch_lightning as lightning
 import torch
 import yaml
-from hydra.utils import get_class, instantiate
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -73,6 +73,7 @@ def quieten() -> None:
     """Lightning's remarks on its own set-up say nothing to our users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # the first step
 
 
 def data_class(run: RunConfig) -> type[SequenceData]:
@@ -88,7 +89,7 @@ def data_class(run: RunConfig) -> type[SequenceData]:
     if target not in ((yaml.safe_load(file.read_text()) or {}).get("_target_") for file in files):
         raise ConfigError(f"data={run.data['name']}: no conf/data/*.yaml has the _target_ {target}")
     try:
-        return get_class(str(target))
+        return resolve_name(str(target))
     except Exception as error:  # whatever a user's own file does when it is imported
         raise ConfigError(f"data={run.data['name']}: {str(error).splitlines()[0]}") from None
 
@@ -191,7 +192,7 @@ def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str,
     """Train runs side by side to their end, each from where it stopped if it was begun before; returns their records.
 
     Args:
-        runs: one, or several that differ in the seed. Those that lag behind first catch up.
+        runs: one, or several of the same data and protocol. Those that lag behind first catch up.
         draw: the picture of what a network uses that is kept in the run folder; None: no picture.
 
     Raises:
@@ -202,6 +203,8 @@ def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str,
         A run that fails says why in its failed.json.
     """
     device_of(runs[0])  # refused before anything is written
+    if any((run.data, run.training) != (runs[0].data, runs[0].training) for run in runs):
+        raise ConfigError("runs side by side must agree in data and training")
     folders = [RunFolder(run) for run in runs]
     left = [folder for folder in folders if not folder.complete]
     diverged = []
@@ -278,7 +281,7 @@ def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModul
     load_weights(module, checkpoint, folder.last)
     try:
         (state,) = checkpoint["optimizer_states"]
-        module.adam.load_state_dict(state)
+        module.restore_optimiser(state)
         keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
@@ -288,7 +291,11 @@ def make_loggers(folder: RunFolder) -> list[Logger]:
     """The loggers of the run's config, in its folder."""
     page = wandb_page.page_options(folder.run) if "wandb" in folder.run.logger else {}
     return [
-        instantiate(logger, _partial_=True)(save_dir=str(folder.path), **(page if name == "wandb" else {}))
+        resolve_name(logger["_target_"])(
+            save_dir=str(folder.path),
+            **{key: value for key, value in logger.items() if key != "_target_"},
+            **(page if name == "wandb" else {}),
+        )
         for name, logger in folder.run.logger.items()
     ]
 

@@ -25,6 +25,7 @@ class MetricsFile(Logger):
     def __init__(self, save_dir: str):
         super().__init__()
         self.file = Path(save_dir) / "metrics.csv"
+        self.rows: list[dict[str, Any]] = []  # not yet written
 
     @property
     def name(self) -> str:
@@ -38,15 +39,24 @@ class MetricsFile(Logger):
         """Hyperparameters are in config.yaml."""
 
     def log_metrics(self, metrics, step=None) -> None:
-        rows = pd.DataFrame([metrics])
+        self.rows.append(metrics)
+
+    def write(self) -> None:
+        """Write what was logged since."""
+        if not self.rows:
+            return
+        rows = pd.DataFrame(self.rows)
         if self.file.exists():
             earlier = pd.DataFrame(read_metrics(self.file)).astype({"epoch": int})
-            rows = pd.concat([earlier[earlier["epoch"] < metrics["epoch"]], rows])
+            rows = pd.concat([earlier[earlier["epoch"] < self.rows[0]["epoch"]], rows])
         write_atomically(self.file, rows.to_csv(index=False).encode())
+        self.rows = []
 
 
 class RunKeeper(lightning.Callback):
     """Keeps one run's folder: times epochs, logs their metrics, remembers the best, writes the checkpoints.
+
+    It writes at the end of an epoch when the trainer's SideBySide says so, for all of its runs.
 
     Args:
         folder: of the run.
@@ -67,6 +77,8 @@ class RunKeeper(lightning.Callback):
         self.started = self.told = time.perf_counter()
         self.train_seconds = self.started_cpu = 0.0
         self.spent = (0.0, 0.0)  # seconds and CPU seconds on this epoch, by an earlier process
+        self.unwritten = 0  # epochs
+        self.better: dict[str, Any] | None = None  # what best.ckpt is to hold
 
     def restore(self, kept: dict[str, Any], within_epoch: dict[str, Any] | None) -> None:
         """Go on from what a checkpoint has kept, also within an epoch."""
@@ -95,7 +107,7 @@ class RunKeeper(lightning.Callback):
             "examples": self.trained["examples"] + examples,
             "seconds": self.trained["seconds"] + self.train_seconds,
         }
-        row = {"epoch": epoch, "learning_rate": self.module.adam.param_groups[0]["lr"]}
+        row = {"epoch": epoch, "learning_rate": self.module.learning_rate}
         row |= {
             f"{stage}/{key}": value for stage in ("train", "validation") for key, value in self.final[stage].items()
         }
@@ -112,19 +124,32 @@ class RunKeeper(lightning.Callback):
             or measures.BETTER[task](score, self.best["validation"][key]) != self.best["validation"][key]
         ):
             self.best = self.final
-            self.folder.save(self.folder.best, {"epoch": epoch, "state_dict": self.module.state_dict()})
-        self._save(epoch)
+            weights = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+            self.better = {"epoch": epoch, "state_dict": weights}
+        self.unwritten += 1
         self.module.batches = 0
+        if module.due:
+            self._write(epoch)
         self._tell(epoch, key, seconds)
 
     def on_exception(self, trainer, module, exception) -> None:
         """Told to end (SIGTERM), which Lightning does after a batch: the run goes on from that one."""
-        if isinstance(exception, SIGTERMException) and self.module.batches:
+        if not isinstance(exception, SIGTERMException):
+            return
+        if self.module.batches:
             spent = (time.perf_counter() - self.started, time.process_time() - self.started_cpu)
-            self._save(trainer.current_epoch - 1, within_epoch=self.module.within_epoch() | {"spent": spent})
+            self._write(trainer.current_epoch - 1, within_epoch=self.module.within_epoch() | {"spent": spent})
+        elif self.unwritten and self.final:
+            self._write(self.final["epoch"])
 
-    def _save(self, epoch: int, **more: Any) -> None:
-        """Write last.ckpt, of an epoch's end or of a batch's in the next."""
+    def _write(self, epoch: int, **more: Any) -> None:
+        """Write what is unwritten, and last.ckpt, of an epoch's end or of a batch's in the next."""
+        for logger in self.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.write()
+        if self.better:
+            self.folder.save(self.folder.best, self.better)
+        self.unwritten, self.better = 0, None
         content = {
             "epoch": epoch,
             "state_dict": self.module.state_dict(),

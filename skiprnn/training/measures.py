@@ -79,19 +79,26 @@ class EpochSums:
 
     def __init__(self, task: str, device: torch.device):
         self.task = task
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
-        self.examples = 0
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)  # the last one counts the examples
+
+    @property
+    def examples(self) -> int:
+        """That were added; waits for the device."""
+        return int(self.sums[-1])
+
+    def clear(self) -> None:
+        """Begin anew, in the same memory, which a CUDA graph may add to."""
+        self.sums.zero_()
 
     def add(self, batch: Measured) -> None:
         """Add what was measured of a batch."""
-        entries = [*batch, batch.state_updates.double().square()]
+        entries = [*batch, batch.state_updates.double().square(), torch.ones_like(batch.state_updates)]
         self.sums += torch.stack([entry.detach().double().sum() for entry in entries])
-        self.examples += len(batch.state_updates)
 
     def results(self) -> dict[str, float]:
         """Means over examples; `state_updates_std` is the sample standard deviation over examples."""
-        task, budget, scores, updates, squares = self.sums.tolist()
-        n = max(self.examples, 1)
+        task, budget, scores, updates, squares, examples = self.sums.tolist()
+        n = max(examples, 1)
         variance = max(squares - updates**2 / n, 0.0) / max(n - 1, 1)
         return {
             "loss": (task + budget) / n,

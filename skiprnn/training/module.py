@@ -1,13 +1,15 @@
 """Runs trained side by side: task loss + λ * state updates, Adam, clipping; one run is the case R = 1.
 
-Runs differ in the seed and agree in all else. Their time loops may share a launch; batches, random numbers, clipping,
-optimiser state and what is measured are each run's own, as if it had been alone.
-Shapes: B batch, T steps, H hidden, C outputs, R runs.
+Runs agree in their data and protocol. The time loops of those of one architecture may share a launch; batches, random
+numbers, clipping, optimiser state and what is measured are each run's own, as if it had been alone.
+Shapes: B batch, T steps, H hidden, N neurons, C outputs, R runs.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,9 +19,14 @@ from torch import Tensor, nn
 
 from skiprnn.data.base import Batch, Batches, SequenceData
 from skiprnn.model import engines
+from skiprnn.model.policies import Policy
+from skiprnn.model.recurrent import RecurrentState
 from skiprnn.training import measures
 from skiprnn.training.config import DivergedError, RunConfig
+from skiprnn.training.graph import Given, Recorder
 from skiprnn.training.network import Network
+
+WRITTEN_EVERY = {"cuda": 20}  # seconds at least between checkpoints; elsewhere each epoch's end is written
 
 
 def stage_seed(seed: int, stage: str, epoch: int) -> int:
@@ -41,7 +48,16 @@ class SequenceModule(nn.Module):
         self.run, self.data = run, data
         torch.manual_seed(stage_seed(run.seed, "initialisation", 0))
         self.network = Network(run.model, data, run.engine).to(self.device)
-        self.adam = torch.optim.Adam(self.parameters(), lr=run.training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+        # on a GPU one kernel, which a graph can hold: it reads the learning rate from memory
+        learning_rate, on_gpu = run.training.learning_rate, self.device.type == "cuda"
+        self.adam = torch.optim.Adam(
+            self.parameters(),
+            lr=torch.tensor(learning_rate, device=self.device) if on_gpu else learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            fused=on_gpu or None,
+            capturable=on_gpu,
+        )
         self.epoch = run.training.epochs - 1  # λ and the learning rate are this epoch's
         self.sums: dict[str, measures.EpochSums] = {}
         self.random_state = torch.Generator(self.device).get_state()
@@ -74,8 +90,12 @@ class SequenceModule(nn.Module):
     def within_epoch(self) -> dict[str, Any]:
         """What an epoch has come to besides weights and optimiser: plain values and tensors on the CPU."""
         sums = self.sums["train"]
-        state = {"sums": sums.sums.cpu(), "examples": sums.examples, "random_state": self.random_state.cpu()}
+        state = {"sums": sums.sums[:-1].cpu(), "examples": sums.examples, "random_state": self.random_state.cpu()}
         return state | {"batches": self.batches}
+
+    def restore_optimiser(self, state: dict[str, Any]) -> None:
+        """Go on with Adam's moments from a checkpoint, whatever device they were computed on."""
+        self.adam.load_state_dict(state | {"param_groups": self.adam.state_dict()["param_groups"]})
 
     def begin(self, stage: str, epoch: int | None = None) -> None:
         """Start a stage's sums and its random numbers; training begins an epoch, the other stages have none."""
@@ -83,15 +103,20 @@ class SequenceModule(nn.Module):
             self.epoch = epoch
             self.network.rnn.policy.set_epoch(epoch)
             for group in self.adam.param_groups:
-                group["lr"] = self.learning_rate
-        self.sums[stage] = measures.EpochSums(self.data.task, self.device)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(self.learning_rate)
+                else:
+                    group["lr"] = self.learning_rate
+        if stage not in self.sums:
+            self.sums[stage] = measures.EpochSums(self.data.task, self.device)
+        self.sums[stage].clear()
         seed = stage_seed(self.run.seed, stage, epoch or 0)
         self.random_state = torch.Generator(self.device).manual_seed(seed).get_state()
         if epoch is not None:
             self.batches = 0
             if self.begun:
-                self.sums[stage].sums += self.begun["sums"].to(self.device)
-                self.sums[stage].examples = self.begun["examples"]
+                begun = torch.cat([self.begun["sums"], torch.tensor([self.begun["examples"]])])
+                self.sums[stage].sums.copy_(begun)
                 self.random_state, self.batches = self.begun["random_state"], self.begun["batches"]
                 self.begun = None
 
@@ -107,6 +132,20 @@ class SequenceModule(nn.Module):
         finally:
             self.random_state = generator.get_state()
             generator.set_state(outside)
+
+    def draw(self, inputs: Tensor) -> Tensor | None:
+        """The policy's random decisions for a batch (B, T, ...), the run's next ones; None where it draws nothing."""
+        rnn = self.network.rnn
+        if type(rnn.policy).draw is Policy.draw:
+            return None
+        x = self.network.readout.weight.new_empty(1).expand(*inputs.shape[:2], 1)
+        with self.randomness():
+            return rnn.policy.draw(x, sum(cell.hidden_size for cell in rnn.cells))
+
+    def read(self, state: RecurrentState) -> Tensor:
+        """The prediction (B, C) from the last state."""
+        with self.randomness() if self.run.model.dropout else nullcontext():
+            return self.network.read(state)
 
     def loss(self, prediction: Tensor, updates: Tensor, targets: Tensor, stage: str) -> Tensor:
         """Task loss + λ * state updates, mean over the batch, which is added to the stage's sums.
@@ -168,8 +207,62 @@ def evaluate(
     return results | {"inference_flops": flops}
 
 
+class Pack:
+    """Runs of one architecture, in lockstep.
+
+    Args:
+        runs: each on the same device.
+    """
+
+    def __init__(self, runs: Sequence[SequenceModule]):
+        self.runs, self.call = runs, Recorder(runs[0].device)
+
+    def step(self, batches: Sequence[Batch], stage: str) -> None:
+        """Train or validate each run on its batch."""
+        draws = [run.draw(inputs) for run, (inputs, _, _) in zip(self.runs, batches, strict=True)]
+        tensors = [tensor for batch, draw in zip(batches, draws, strict=True) for tensor in (*batch, draw)]
+        function = self.train if stage == "train" else self.validate
+        if self.runs[0].run.model.dropout:  # it draws within
+            function(tensors)
+        else:
+            self.call(function, tensors, tuple(run.cost_per_sample for run in self.runs))
+
+    def losses(self, tensors: Given, stage: str) -> list[Tensor]:
+        """Each run's loss, from its inputs, targets, lengths and draw, run by run."""
+        given = [tensors[start : start + 4] for start in range(0, len(tensors), 4)]
+        calls = [
+            run.network.rnn.prepare(run.network.embed(inputs), lengths=lengths, draw=draw)
+            for run, (inputs, _, lengths, draw) in zip(self.runs, given, strict=True)
+        ]
+        engine = self.runs[0].network.rnn.engine_for(calls[0].x)
+        losses = []
+        results = engines.run_packed(engine, calls)
+        for run, result, (_, targets, _, _) in zip(self.runs, results, given, strict=True):
+            _, state, updates = run.network.rnn.finish(*result)
+            losses.append(run.loss(run.read(state), updates, targets, stage))
+        return losses
+
+    def train(self, tensors: Given) -> None:
+        """A training step of each run, see `losses`."""
+        torch.stack(self.losses(tensors, "train")).sum().backward()  # a run's gradient is that of its own loss
+        for run in self.runs:
+            nn.utils.clip_grad_norm_(run.parameters(), run.run.training.gradient_clip)
+            run.adam.step()
+            run.adam.zero_grad()
+
+    @torch.no_grad()
+    def validate(self, tensors: Given) -> None:
+        """Add each run's results to its sums."""
+        self.losses(tensors, "validation")
+
+
+def architecture(run: RunConfig) -> str:
+    """What runs that share launches agree in."""
+    return repr(replace(run.model, name="any", cost_per_sample=0.0, p_skip=None if run.model.p_skip is None else 0.5))
+
+
 class SideBySide(lightning.LightningModule):
-    """R runs in lockstep.
+    """R runs in lockstep, on data and by a protocol that they agree in.
 
     Args:
         runs: each on the same device.
@@ -179,36 +272,32 @@ class SideBySide(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.runs: Sequence[SequenceModule] = nn.ModuleList(runs)  # type: ignore[assignment]
+        alike: dict[str, list[SequenceModule]] = {}
+        for run in runs:
+            alike.setdefault(architecture(run.run), []).append(run)
+        self.packs = [Pack(some) for some in alike.values()]
+        self.due, self.written = True, time.monotonic()  # whether what this epoch comes to is to be written
 
-    def losses(self, batches: Sequence[Batch], stage: str) -> list[Tensor]:
-        """Each run's loss on its batch."""
-        calls = []
-        for run, (inputs, _, lengths) in zip(self.runs, batches, strict=True):
-            with run.randomness():
-                calls.append(run.network.rnn.prepare(run.network.embed(inputs), lengths=lengths))
-        engine = self.runs[0].network.rnn.engine_for(calls[0][2])
-        losses = []
-        results = engines.run_packed(engine, calls)
-        for run, result, (_, targets, _) in zip(self.runs, results, batches, strict=True):
-            _, state, updates = run.network.rnn.finish(*result)
-            with run.randomness():
-                prediction = run.network.read(state)
-            losses.append(run.loss(prediction, updates, targets, stage))
-        return losses
+    def step(self, batches: Sequence[Batch], stage: str) -> None:
+        """Train or validate each run on its batch; all packs at once where the device can."""
+        own = dict(zip(self.runs, batches, strict=True))
+        for pack in self.packs:
+            pack.step([own[run] for run in pack.runs], stage)
+        for pack in self.packs:
+            pack.call.join()
 
     def training_step(self, batches: Sequence[Batch], batch_index: int = 0) -> None:
         if not batches:  # trained before
             return
-        losses = self.losses(batches, "train")
-        torch.stack(losses).sum().backward()  # a run's gradient is that of its own loss
+        self.step(batches, "train")
         for run in self.runs:
-            nn.utils.clip_grad_norm_(run.parameters(), run.run.training.gradient_clip)
-            run.adam.step()
-            run.adam.zero_grad()
             run.batches += 1
 
     def validation_step(self, batches: Sequence[Batch], batch_index: int = 0) -> None:
-        self.losses(batches, "validation")
+        self.step(batches, "validation")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # it is there
 
     def on_train_epoch_start(self) -> None:
         for run in self.runs:
@@ -220,10 +309,15 @@ class SideBySide(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """The two figures that matter on the way, means over the runs; stops before anything is written of an epoch in
-        which a run diverged."""
+        which a run diverged.
+
+        Where an epoch of all runs takes seconds, on a GPU, not every one is written."""
         results = [run.results("validation") for run in self.runs]
         for key in (measures.SCORES[self.runs[0].data.task], "state_updates"):
             self.log(key, sum(result[key] for result in results) / len(results), prog_bar=True, logger=False)
+        now, every = time.monotonic(), WRITTEN_EVERY.get(self.runs[0].device.type, 0)
+        self.due = now - self.written >= every or self.current_epoch + 1 == self.trainer.max_epochs
+        self.written = now if self.due else self.written
 
     def configure_optimizers(self) -> Any:
         return [run.adam for run in self.runs]

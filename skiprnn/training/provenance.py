@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from skiprnn import __version__
+
 SNAPSHOT = "snapshot.json"  # in a copy of this package outside its repository: the code_version that it is of
-RECORDED_PACKAGES = ("skiprnn", "torch", "pytorch-lightning", "numpy")
+RECORDED_PACKAGES = ("torch", "pytorch-lightning", "numpy")
 
 
 @functools.cache
@@ -45,7 +47,8 @@ def describe(device: torch.device, engine: str) -> dict[str, Any]:
     """Of a result computed now by this process: code, versions, machine."""
     return {
         "git": code_version(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+        "versions": {"python": platform.python_version(), "skiprnn": __version__}
+        | {name: version(name) for name in RECORDED_PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "engine": engine,

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines import batched, compact, native, reference, triton
+from skiprnn.model.engines import batched, compact, contact, native, reference, triton
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.policies import Policy
 
@@ -57,7 +58,20 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
         return "reference"
     # Triton's interpreter is slow: only where it is asked for
     fast = ("native", "compact") if x.device.type == "cpu" else ("triton", "batched")
-    return next((engine for engine in fast if ENGINES[engine].unsupported(cells, policy, x) is None), "reference")
+    named = x.device.type, cells[0].name, policy.name, len(cells)
+    for engine in fast:
+        if ENGINES[engine].unsupported(cells, policy, x) is None and _trusted(engine, *named):
+            return engine
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def _trusted(engine: str, device: str, cell: str, policy: str, layers: int) -> bool:
+    """Whether an engine gives right results here; says so once if it does not. Of CPUs the tests know."""
+    reason = None if device == "cpu" else contact.refused(engine, device, cell, policy, layers)
+    if reason is not None:
+        _say_once(f"skiprnn's {engine} engine is not used on {device} for {cell} and {policy}: {reason}")
+    return reason is None
 
 
 @cache

@@ -53,6 +53,11 @@ def find_compiler() -> list[str]:
     raise NoCompilerError("no C++ compiler found (set CXX, or install g++ or clang++)")
 
 
+def cache_folder() -> Path:
+    """Where what a machine makes for itself is kept."""
+    return Path(os.environ.get("SKIPRNN_CACHE") or Path.home() / ".cache" / "skiprnn")
+
+
 def compile_library(source: Path, flags: list[str]) -> Path:
     """The shared library of one source with these flags, compiled unless the cache has it.
 
@@ -64,7 +69,7 @@ def compile_library(source: Path, flags: list[str]) -> Path:
     """
     described = "\0".join([platform.machine(), platform.system(), *flags]).encode()
     made_from = f"{source.stem}-{_digest(described + b''.join(file.read_bytes() for file in SOURCES))}"
-    cache = Path(os.environ.get("SKIPRNN_CACHE") or Path.home() / ".cache" / "skiprnn")
+    cache = cache_folder()
     try:
         compiler = find_compiler()
     except NoCompilerError:

@@ -10,7 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.operator import (
+    KERNELS,
+    WEIGHTS,
+    Arriving,
+    Gradients,
+    Kernels,
+    Outputs,
+    Problem,
+    summed_product,
+)
 from skiprnn.model.engines.triton import parts, resident, streamed
 from skiprnn.model.engines.triton.launch import FEW_INPUTS, TILE, columns, fits_chip, operands, padded
 
@@ -223,12 +232,11 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
     found = []
     d_gate_input = None
     for layer, hidden in enumerate(sizes.hidden):
-        d = d_pre[:, layer].reshape(sizes.runs, sizes.steps * sizes.batch, -1).transpose(1, 2)  # (R, X * W, T * B)
+        d = d_pre[:, layer].flatten(3)  # (R, T, B, X * W)
 
         def times(rows: Tensor, first: int = 0, last: int = sizes.columns, d=d) -> Tensor:
             """The gradients of the gates first to last, times rows (R, T, B, K): (R, gates, W, K)."""
-            part = d[:, first * sizes.width : last * sizes.width]
-            product = torch.bmm(part, rows.reshape(sizes.runs, sizes.steps * sizes.batch, -1))
+            product = summed_product(d[..., first * sizes.width : last * sizes.width], rows)
             return product.view(sizes.runs, last - first, sizes.width, -1)
 
         before = h[:, layer, :-1]
@@ -240,7 +248,7 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
             d_input = times(h[:, layer - 1, 1:], 0, sizes.gates)[..., : sizes.hidden[layer - 1]]
         else:
             d_input = times(x.transpose(1, 2))
-        d_bias = d.sum(2).view(sizes.runs, sizes.columns, sizes.width)
+        d_bias = d.sum((1, 2)).view(sizes.runs, sizes.columns, sizes.width)
         if sizes.columns > sizes.gates:
             d_gate_input = d_input[:, sizes.gates, :hidden]
         found.append(d_input[:, : sizes.gates, :hidden].reshape(sizes.runs, sizes.gates * hidden, -1))

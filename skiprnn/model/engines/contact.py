@@ -1,0 +1,184 @@
+"""First contact: an engine that compiles for the device at hand is compared with the reference engine before it counts.
+
+Once per device, driver, versions and state of the engines' code, in a process of its own, which a kernel may bring
+down; the verdict is kept in the user's cache (SKIPRNN_CACHE). `python -m skiprnn.model.engines check` prints it.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skiprnn.model.engines.call import CELLS, POLICIES
+from skiprnn.model.engines.native.build import cache_folder
+
+TOLERANCE = 5e-3  # relative, of outputs and gradients: what products in tf32 leave of float32
+SEEDS = 6  # a decision on the edge is rounded either way: so many inputs are tried
+SECONDS = 300  # that a check may take
+SHAPE = 5, 9, 2, 110  # B, T, I, H
+
+
+class Variant(NamedTuple):
+    """What an engine may serve, or get wrong, by itself."""
+
+    cell: str
+    policy: str
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.cell}-{self.policy}-{self.layers}"
+
+
+VARIANTS = [Variant(cell.name, policy.name, layers) for cell, policy, layers in product(CELLS, POLICIES, (1, 2))]
+
+
+def error(engine: str, device: str, tested: Variant, lengths: bool) -> float:
+    """The largest relative error of outputs and gradients against the reference in float64; inf: other decisions."""
+    from skiprnn.model.recurrent import Recurrent  # which chooses engines
+
+    batch, steps, inputs, hidden = SHAPE
+    options = {"p_skip": 0.4} if tested.policy.startswith("random") else {}
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        rnn = Recurrent(*tested[:2], inputs, hidden, tested.layers, batch_first=True, **options)
+        if tested.policy == "skip":
+            torch.nn.init.constant_(rnn.policy.bias, -0.5)
+        x = torch.randn(batch, steps, inputs)
+        given = torch.randint(1, steps + 1, (batch,)) if lengths else None
+        draw = rnn.policy.draw(x, sum(cell.hidden_size for cell in rnn.cells))
+        found = [
+            _outcome(rnn.to(place, dtype), x.to(place, dtype), given, draw, name)
+            for name, place, dtype in (("reference", "cpu", torch.float64), (engine, device, torch.float32))
+        ]
+        if torch.equal(found[0][0], found[1][0].double()):
+            pairs = zip(found[0][1:], found[1][1:], strict=True)
+            return max(float((one - other).norm() / one.norm().clamp_min(1e-6)) for one, other in pairs)
+    return float("inf")
+
+
+def _outcome(rnn, x: Tensor, lengths: Tensor | None, draw: Tensor | None, engine: str) -> list[Tensor]:
+    """Updates, output and gradients, on the CPU."""
+    from skiprnn.model import engines
+
+    rnn.zero_grad()
+    draw = None if draw is None else draw.to(x)
+    call = rnn.prepare(x, lengths=None if lengths is None else lengths.to(x.device), draw=draw)
+    with torch.no_grad():
+        (inferred,) = engines.run_packed(engine, [call])
+    (result,) = engines.run_packed(engine, [call])
+    loss = result.output.sum() + result.states[-1][0].square().sum() + 1e-2 * result.updates.sum()
+    loss.backward()
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in rnn.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        groups.setdefault("policy" if name.startswith("policy") else name, []).append(gradient.flatten())
+    gradients = [torch.cat(parts) for parts in groups.values()]
+    return [tensor.detach().cpu().double() for tensor in (result.updates, result.output, inferred.output, *gradients)]
+
+
+def check(engine: str, device: str) -> Iterator[tuple[Variant, float | str]]:
+    """Each variant's largest error, or why it fails."""
+    for tested in VARIANTS:
+        try:
+            yield tested, max(error(engine, device, tested, lengths) for lengths in (False, True))
+        except Exception as failure:  # whatever compilers and drivers come up with
+            yield tested, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+
+
+def milliseconds(engine: str, device: str, tested: Variant, steps: int = 32) -> float:
+    """Of one time step, forward and backward, with 256 sequences of one input and 110 units."""
+    from skiprnn.model.recurrent import Recurrent
+
+    options = {"p_skip": 0.5} if tested.policy.startswith("random") else {}
+    rnn = Recurrent(*tested[:2], 1, 110, tested.layers, batch_first=True, engine=engine, **options).to(device)
+    x, times = torch.rand(256, steps, 1, device=device), []
+    for _ in range(4):
+        start = time.perf_counter()
+        rnn(x)[0].sum().backward()
+        rnn.cells[0].bias.grad.sum().item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times) / steps
+
+
+def place(device: str) -> dict[str, str]:
+    """What a verdict is of."""
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+    found = {"torch": torch.__version__, "code": hashlib.sha256(code).hexdigest()[:16], "device": device}
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = "none"
+    if device == "cuda":
+        found |= {"device": torch.cuda.get_device_name(), "driver": _driver()}
+    return found
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return str(torch.version.hip or torch.version.cuda)
+
+
+@cache
+def verdict(engine: str, device: str) -> dict[str, float | str]:
+    """Each variant's error or failure: what is kept of an earlier check, or that of one now.
+
+    A variant that the process did not come to, for it ended before, has failed.
+    """
+    where = place(device)
+    digest = hashlib.sha256(json.dumps(where | {"engine": engine}).encode()).hexdigest()[:16]
+    file = cache_folder() / f"contact-{engine}-{digest}.json"
+    try:
+        return json.loads(file.read_bytes())["variants"]
+    except (OSError, ValueError, KeyError):
+        print(f"skiprnn: checking its {engine} engine on {where['device']}, once, about a minute", file=sys.stderr)
+    found = {str(tested): "the check ended before" for tested in VARIANTS} | _checked(engine, device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"place": where, "variants": found}, indent=2))
+        part.replace(file)
+    except OSError as reason:
+        print(f"skiprnn: cannot keep that in {file.parent}: {reason.strerror}", file=sys.stderr)
+    return found
+
+
+def _checked(engine: str, device: str) -> dict[str, float | str]:
+    """What a process of its own finds, as far as it comes."""
+    command = [sys.executable, "-m", "skiprnn.model.engines", "check", "--lines", engine, "--device", device]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            told, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            told, _ = process.communicate()
+    return dict(json.loads(line) for line in told.splitlines() if line.startswith("["))
+
+
+def reason(found: float | str) -> str | None:
+    """Why what was found of a variant rules it out; None if it does not."""
+    if isinstance(found, str):
+        return found
+    return None if found <= TOLERANCE else f"it differs from the reference by {found:.0e}"
+
+
+def refused(engine: str, device: str, cell: str, policy: str, layers: int) -> str | None:
+    """Why an engine is not to be used for these here; None if it is as good as the reference.
+
+    Layers are run one by one but for Skip's, and two of those are as good as more.
+    """
+    return reason(verdict(engine, device)[str(Variant(cell, policy, min(layers, 2)))])

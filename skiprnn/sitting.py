@@ -1,0 +1,284 @@
+"""Train a planned sweep on a GPU that is to be had for minutes at a time: all runs at once, a bit further each time.
+
+    python -m skiprnn.sitting plan FOLDER experiment=table1 profile=mnist/paper rows=[1,2,3,4,5,6]
+    python -m skiprnn.sitting train FOLDER --minutes 9 --archive OUT
+
+`plan` writes what is to be trained, in FOLDER, and needs Hydra. `train` does not: it checks the engines, times those
+that are right, takes the fastest for each model, trains until the time is up, and puts the run folders into OUT, an
+archive for each row (tar). Unpacked in FOLDER, here or elsewhere, the same command goes on; so does skiprnn.train.
+FOLDER/sitting.json keeps what was measured. If the sweep would take longer than --budget minutes, all its runs are
+shortened alike before the first one begins.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skiprnn.model.engines import contact
+from skiprnn.papers import plan
+from skiprnn.training import job
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder, duration, write_atomically
+from skiprnn.training.module import SideBySide, architecture
+
+LOGGER = {"csv": {"_target_": "skiprnn.training.keeper.MetricsFile"}}
+RESERVE = 30.0  # seconds for the last checkpoints and the archives
+STEPS = 4  # of training that are timed, after two that warm up and record
+
+
+def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
+    """The runs of the latest plan in a folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    plans = plan.saved_plans(folder, lambda damage: print(damage, file=sys.stderr))
+    if not plans:
+        raise ConfigError(f"{folder}: no plan there; make one: python -m skiprnn.sitting plan {folder} experiment=...")
+    place: dict[str, Any] = {"data_root": data_root, "device": device, "logger": LOGGER}
+    return [replace(one.run, **place) for one in plans[0].planned]
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Engines that a step of all runs may take."""
+    return ["triton", "batched"] if device.type == "cuda" else ["native", "batched"]
+
+
+def measure(runs: Sequence[RunConfig], steps: int) -> float:
+    """Seconds of a training step of these runs side by side, on real batches, once all is recorded."""
+    modules = [job.make_module(run) for run in runs]
+    side_by_side = SideBySide(modules)
+    for module in modules:
+        module.begin("train", 0)
+    batches = [next(iter(module.data.training_batches(0))) for module in modules]
+
+    def train(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            side_by_side.training_step(batches)
+        modules[-1].sums["train"].sums.tolist()  # waits for the device
+        return time.perf_counter() - start
+
+    train(2)
+    return train(steps) / steps
+
+
+def measure_torch(run: RunConfig, steps: int) -> float:
+    """Seconds of a training step of torch's own network of the same cell and size, cuDNN's on a GPU."""
+    module = job.make_module(run)
+    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[run.model.cell]
+    network = kind(module.data.input_size, run.model.hidden_size, run.model.num_layers, batch_first=True)
+    network.to(module.device)
+    inputs, _, _ = next(iter(module.data.training_batches(0)))
+    times = []
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        network.zero_grad()
+        network(inputs)[0][:, -1].sum().backward()
+        network.bias_hh_l0.grad.sum().item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Sitting:
+    """What is known of a sweep's training in a folder: FOLDER/sitting.json, and what is to be trained.
+
+    Args:
+        folder: of run folders and plan.
+        data_root, device: as in a run's config.
+    """
+
+    def __init__(self, folder: Path, data_root: str = "data", device: str = "auto"):
+        self.folder, self.file = folder, folder / "sitting.json"
+        self.place = ["--data-root", data_root, "--device", device]
+        self.runs = planned(folder, data_root, device)
+        self.device = job.device_of(self.runs[0])
+        self.known: dict[str, Any] = json.loads(self.file.read_bytes()) if self.file.exists() else {}
+
+    def chosen(self) -> list[RunConfig]:
+        """The runs, shortened alike if need be, each with the engine that was the fastest."""
+        epochs = self.known.get("epochs", self.runs[0].training.epochs)
+        return [
+            replace(run, engine=self.fastest(run), training=replace(run.training, epochs=epochs)) for run in self.runs
+        ]
+
+    def fastest(self, run: RunConfig) -> str:
+        """The engine for a run; "auto" where none was timed."""
+        times = self.known.get("seconds", {}).get(architecture(run), {})
+        return min(times, key=times.__getitem__) if times else "auto"
+
+    def keep(self, **more: Any) -> None:
+        """Remember, for the next sitting as well."""
+        self.known |= more
+        write_atomically(self.file, json.dumps(self.known, indent=2).encode())
+
+    def child(self, *arguments: str, seconds: float) -> tuple[int, list[dict[str, Any]]]:
+        """Run this module in a process of its own, which is told to end when the time is up: status, lines of JSON."""
+        command = [sys.executable, "-m", "skiprnn.sitting", *arguments, str(self.folder), *self.place]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+        ending = threading.Timer(max(seconds, 0.0), process.send_signal, [signal.SIGTERM])
+        killing = threading.Timer(max(seconds, 0.0) + RESERVE / 2, process.kill)
+        ending.start()
+        killing.start()
+        found = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                found.append(json.loads(line))
+            else:
+                print(line, end="", flush=True)
+        status = process.wait()
+        ending.cancel()
+        killing.cancel()
+        return status, found
+
+    def choose(self, left: Callable[[], float]) -> None:
+        """Check the engines and time those that are right, unless that was done on such a machine."""
+        where = contact.place(self.device.type)
+        if self.known.get("place") == where and self.known.get("seconds"):
+            return
+        seconds: dict[str, dict[str, float]] = {}
+        torch_seconds: dict[str, float] = {}
+        for engine in candidates(self.device):
+            contact.SECONDS = min(contact.SECONDS, left() / 4)
+            for line in self.child("time", "--engine", engine, seconds=left() / 4)[1]:
+                if "torch" in line:
+                    torch_seconds[line["torch"]] = line["seconds"]
+                else:
+                    seconds.setdefault(line["row"], {})[engine] = line["seconds"]
+                print(json.dumps(line | {"engine": engine}), flush=True)
+        self.keep(place=where, seconds=seconds, torch=torch_seconds)
+
+    def shorten(self, minutes: float, left: Callable[[], float]) -> None:
+        """Decide the epochs, once: as many as planned, or all that fit."""
+        if "epochs" in self.known:
+            return
+        (line,) = self.child("time", "--engine", "chosen", seconds=left() / 2)[1]
+        training = self.runs[0].training
+        module = job.make_module(self.runs[0])
+        batches = [len(module.data.training_batches(0)), len(module.data.evaluation_batches("validation"))]
+        limits = training.train_batches, training.evaluation_batches
+        train, validate = (min(count, limit or count) for count, limit in zip(batches, limits, strict=True))
+        epoch = line["seconds"] * (train + validate / 3)
+        epochs = max(1, min(training.epochs, int(60 * minutes / epoch)))
+        print(
+            f"{len(self.runs)} runs: {1e3 * line['seconds']:.2f} ms a step, {duration(epoch)} an epoch: {epochs} epochs"
+        )
+        self.keep(step=line["seconds"], epochs=epochs)
+
+    def archive(self, out: Path) -> None:
+        """An archive for each row, and one of what is known."""
+        out.mkdir(parents=True, exist_ok=True)
+        content: dict[str, list[Path]] = {"sitting": [self.file, *sorted((self.folder / "sweeps").glob("*.json"))]}
+        content["sitting"] += sorted((self.folder / "cache").glob("contact-*.json"))
+        for run in self.chosen():
+            folder = RunFolder(run)
+            content.setdefault(run.row, []).extend(
+                file for file in sorted(folder.path.glob("*")) if file.suffix in (".ckpt", ".json", ".csv", ".yaml")
+            )
+        for name, files in content.items():
+            part = out / f".{name}.tar"
+            with tarfile.open(part, "w") as archive:
+                for file in files:
+                    if file.exists():
+                        archive.add(file, file.relative_to(self.folder))
+            part.replace(out / f"{name}.tar")
+
+    def told(self) -> str:
+        """How far the runs are."""
+        folders = [RunFolder(run) for run in self.chosen()]
+        complete = sum(folder.complete for folder in folders)
+        least = min(folder.epochs_done() for folder in folders)
+        return f"{complete} of {len(folders)} runs complete, {least} of {folders[0].run.training.epochs} epochs done"
+
+
+def timed(sitting: Sitting, engine: str) -> None:
+    """Print seconds of a training step: of each row's runs by an engine where it is right, and torch's; or of all."""
+    if engine == "chosen":
+        print(json.dumps({"row": "all", "seconds": measure(sitting.chosen(), STEPS)}), flush=True)
+        return
+    rows: dict[str, list[RunConfig]] = {}
+    for run in sitting.runs:
+        rows.setdefault(architecture(run), []).append(replace(run, engine=engine))
+    for runs in rows.values():
+        model, kind = runs[0].model, sitting.device.type
+        wrong = contact.refused(engine, kind, model.cell, model.policy, model.num_layers)
+        if wrong:
+            print(f"{engine} is not used for {model.name}: {wrong}", flush=True)
+            continue
+        try:
+            print(json.dumps({"row": architecture(runs[0]), "seconds": measure(runs, STEPS)}), flush=True)
+        except (RuntimeError, ConfigError) as error:  # out of memory, a shape that the engine does not serve
+            print(f"{engine} is not used for {model.name}: {str(error).splitlines()[0]}", flush=True)
+        if model.policy == "always":
+            print(json.dumps({"torch": model.cell, "seconds": measure_torch(runs[0], STEPS)}), flush=True)
+
+
+def train(sitting: Sitting, minutes: float, budget: float, out: Path | None) -> None:
+    """One sitting."""
+    start = time.monotonic()
+
+    def left() -> float:
+        return 60 * minutes - RESERVE - (time.monotonic() - start)
+
+    print(json.dumps(contact.place(sitting.device.type)), flush=True)
+    try:
+        sitting.choose(left)
+        sitting.shorten(budget, left)
+        status, _ = sitting.child("run", seconds=left())
+        print(f"{sitting.told()} (status {status})", flush=True)
+    finally:
+        if out:
+            sitting.archive(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="skiprnn sitting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["plan", "train", "time", "run"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which it ends")
+    parser.add_argument("--budget", type=float, default=1e9, help="minutes that the whole sweep may take")
+    parser.add_argument("--archive", type=Path, help="folder for what is to be brought back")
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    job.quieten()
+    os.environ.setdefault("SKIPRNN_CACHE", str(given.folder.absolute() / "cache"))
+    try:
+        if given.command == "plan":
+            experiment, runs, _ = plan.requested([*given.overrides, f"output={given.folder}"])
+            plan.save_plan(experiment, " ".join(given.overrides), runs)
+            print(f"{len(runs)} runs planned in {given.folder}")
+            return
+        sitting = Sitting(given.folder, given.data_root, given.device)
+        if given.command == "train":
+            train(sitting, given.minutes, given.budget, given.archive)
+        elif given.command == "time":
+            timed(sitting, given.engine)
+        else:
+            job.train(sitting.chosen())
+    except job.USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(job.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""First contact: an engine that is wrong, fails or brings its process down on a device is not used there."""
+
+import json
+import warnings
+from itertools import product
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from skiprnn import Recurrent
+from skiprnn.model import engines
+from skiprnn.model.engines import batched, contact, operator
+
+FEW = [contact.Variant("lstm", "skip", 2), contact.Variant("gru", "selective", 1)]
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """No verdict is known, few variants are checked; returns the cache folder."""
+    monkeypatch.setenv("SKIPRNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(contact, "VARIANTS", FEW)
+    contact.verdict.cache_clear()
+    yield tmp_path
+    contact.verdict.cache_clear()
+
+
+def test_all_variants_are_covered():
+    assert set(contact.VARIANTS) == {
+        contact.Variant(*one)
+        for one in product(("lstm", "gru"), ("always", "random_steps", "skip", "random_neurons", "selective"), (1, 2))
+    }
+
+
+def with_kernels(monkeypatch, **changed):
+    monkeypatch.setitem(operator.KERNELS, "batched", operator.KERNELS["batched"]._replace(**changed))
+
+
+def test_a_right_engine_passes(fresh):
+    found = dict(contact.check("batched", "cpu"))
+    assert all(0 < error < 1e-5 for error in found.values()), found
+
+
+def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch):
+    def wrong_output(problem, save):
+        outputs = batched.forward(problem, save)
+        return outputs._replace(output=outputs.output * 1.01)
+
+    def wrong_gradient(*arguments):
+        gradients = batched.backward(*arguments)
+        return gradients._replace(weights=[weight * 1.01 for weight in gradients.weights])
+
+    def wrong_decisions(problem, save):
+        outputs = batched.forward(problem, save)
+        return outputs._replace(updates=torch.ones_like(outputs.updates))
+
+    def failing(problem, save):
+        raise RuntimeError("PassManager::run failed\nin line 3")
+
+    for changed, reason in (
+        ({"forward": wrong_output}, "differs from the reference by 1e-02"),
+        ({"backward": wrong_gradient}, "differs from the reference by 1e-02"),
+        ({"forward": wrong_decisions}, "differs from the reference by inf"),
+        ({"forward": failing}, "RuntimeError: PassManager::run failed"),
+    ):
+        with monkeypatch.context() as patch:
+            with_kernels(patch, **changed)
+            for found in dict(contact.check("batched", "cpu")).values():
+                assert (contact.reason(found) or "").endswith(reason)
+
+
+def test_a_verdict_is_kept_for_what_it_is_of(fresh, monkeypatch):
+    checks = []
+    monkeypatch.setattr(contact, "_checked", lambda *which: checks.append(which) or {str(FEW[0]): 1e-6})
+    for _ in range(2):
+        assert contact.refused("batched", "cpu", "lstm", "skip", 3) is None
+        assert contact.refused("batched", "cpu", "gru", "selective", 1) == "the check ended before"
+        contact.verdict.cache_clear()  # as in another process
+    assert checks == [("batched", "cpu")]
+    (kept,) = fresh.glob("contact-*.json")
+    assert json.loads(kept.read_text())["place"] == contact.place("cpu")
+    monkeypatch.setattr(torch, "__version__", "another")
+    contact.refused("batched", "cpu", "lstm", "skip", 1)
+    assert len(checks) == 2
+
+
+def test_a_process_that_comes_down_has_found_what_it_told(monkeypatch):
+    monkeypatch.setattr(contact.sys, "executable", "/bin/echo")  # prints the command line, and ends
+    assert contact._checked("batched", "cpu") == {}
+
+
+def test_auto_takes_what_is_right_on_a_gpu(monkeypatch):
+    """On one that is not there."""
+    wrong: set[str] = set()
+    monkeypatch.setattr(contact, "refused", lambda engine, *_: "it differs" if engine in wrong else None)
+    monkeypatch.setattr(engines.triton, "unsupported", lambda *_: None)
+    engines._say_once.cache_clear()
+    rnn = Recurrent("lstm", "skip", 8, 110)
+    with FakeTensorMode():
+        x = torch.empty(32, 25, 8, device="cuda")
+    assert engines.choose("auto", rnn.cells, rnn.policy, x) == "triton"
+    wrong.add("triton")
+    with pytest.warns(UserWarning, match="triton engine is not used on cuda for lstm and skip: it differs"):
+        assert engines.choose("auto", rnn.cells, rnn.policy, x) == "batched"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has said so
+        assert engines.choose("auto", rnn.cells, rnn.policy, x) == "batched"
+    wrong.add("batched")
+    with pytest.warns(UserWarning, match="batched engine"):
+        assert engines.choose("auto", rnn.cells, rnn.policy, x) == "reference"
