@@ -53,7 +53,7 @@ def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
 
 def candidates(device: torch.device) -> list[str]:
     """Engines that a step of all runs may take."""
-    return ["triton", "batched"] if device.type == "cuda" else ["native", "batched"]
+    return ["triton", "batched", "fused"] if device.type == "cuda" else ["native", "batched"]
 
 
 def measure(runs: Sequence[RunConfig], steps: int) -> float:
@@ -212,10 +212,11 @@ def timed(sitting: Sitting, engine: str) -> None:
     rows: dict[str, list[RunConfig]] = {}
     for run in sitting.runs:
         rows.setdefault(architecture(run), []).append(replace(run, engine=engine))
-    for runs in rows.values():
-        model, kind = runs[0].model, sitting.device.type
-        wrong = contact.refused(engine, kind, model.cell, model.policy, model.num_layers)
-        if wrong:
+    models = [runs[0].model for runs in rows.values()]
+    variants = [contact.variant(model.cell, model.policy, model.num_layers) for model in models]
+    found = contact.verdict(engine, sitting.device.type, variants)
+    for model, tested, runs in zip(models, variants, rows.values(), strict=True):
+        if wrong := contact.reason(found[tested]):
             print(f"{engine} is not used for {model.name}: {wrong}", flush=True)
             continue
         try:

@@ -17,12 +17,11 @@ FEW = [contact.Variant("lstm", "skip", 2), contact.Variant("gru", "selective", 1
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """No verdict is known, few variants are checked; returns the cache folder."""
+    """No verdict is known; gives the cache folder."""
     monkeypatch.setenv("SKIPRNN_CACHE", str(tmp_path))
-    monkeypatch.setattr(contact, "VARIANTS", FEW)
-    contact.verdict.cache_clear()
+    contact.refused.cache_clear()
     yield tmp_path
-    contact.verdict.cache_clear()
+    contact.refused.cache_clear()
 
 
 def test_all_variants_are_covered():
@@ -37,7 +36,7 @@ def with_kernels(monkeypatch, **changed):
 
 
 def test_a_right_engine_passes(fresh):
-    found = dict(contact.check("batched", "cpu"))
+    found = dict(contact.check("batched", "cpu", FEW))
     assert all(0 < error < 1e-5 for error in found.values()), found
 
 
@@ -65,28 +64,39 @@ def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch
     ):
         with monkeypatch.context() as patch:
             with_kernels(patch, **changed)
-            for found in dict(contact.check("batched", "cpu")).values():
+            for found in dict(contact.check("batched", "cpu", FEW)).values():
                 assert (contact.reason(found) or "").endswith(reason)
 
 
 def test_a_verdict_is_kept_for_what_it_is_of(fresh, monkeypatch):
     checks = []
-    monkeypatch.setattr(contact, "_checked", lambda *which: checks.append(which) or {str(FEW[0]): 1e-6})
+
+    def checked(engine, device, variants):
+        checks.append(variants)
+        return {str(FEW[0]): 1e-6}
+
+    monkeypatch.setattr(contact, "_checked", checked)
     for _ in range(2):
         assert contact.refused("batched", "cpu", "lstm", "skip", 3) is None
         assert contact.refused("batched", "cpu", "gru", "selective", 1) == "the check ended before"
-        contact.verdict.cache_clear()  # as in another process
-    assert checks == [("batched", "cpu")]
+        contact.refused.cache_clear()  # as in another process
+    assert checks == [[FEW[0]], [FEW[1]]]
     (kept,) = fresh.glob("contact-*.json")
     assert json.loads(kept.read_text())["place"] == contact.place("cpu")
     monkeypatch.setattr(torch, "__version__", "another")
     contact.refused("batched", "cpu", "lstm", "skip", 1)
-    assert len(checks) == 2
+    assert len(checks) == 3
+
+
+def test_a_process_of_its_own_finds_the_errors():
+    found = contact._checked("batched", "cpu", FEW)
+    assert found.keys() == {str(tested) for tested in FEW}
+    assert all(0 < error < 1e-5 for error in found.values()), found
 
 
 def test_a_process_that_comes_down_has_found_what_it_told(monkeypatch):
     monkeypatch.setattr(contact.sys, "executable", "/bin/echo")  # prints the command line, and ends
-    assert contact._checked("batched", "cpu") == {}
+    assert contact._checked("batched", "cpu", FEW) == {}
 
 
 def test_auto_takes_what_is_right_on_a_gpu(monkeypatch):

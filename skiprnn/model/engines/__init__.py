@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines import batched, compact, contact, native, reference, triton
+from skiprnn.model.engines import batched, compact, contact, fused, native, reference, triton
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.policies import Policy
 
@@ -29,9 +29,10 @@ ENGINES: dict[str, Engine] = {
     "compact": compact,
     "native": native,
     "batched": batched,
+    "fused": fused,
     "triton": triton,
 }
-SHARED = {"batched": batched, "triton": triton}  # several runs in one launch
+SHARED = {"batched": batched, "fused": fused, "triton": triton}  # several runs in one launch
 
 
 def check(name: str) -> None:

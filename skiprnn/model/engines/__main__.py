@@ -17,17 +17,15 @@ def table(device: str) -> None:
     """Print, per engine: variants that passed, the largest error among them, ms per time step, and what failed."""
     print(" ".join(f"{key} {value}," for key, value in contact.place(device).items()).rstrip(","))
     print(f"{'engine':10} {'passed':>8} {'error':>9} {'ms per step (LSTM, Skip LSTM, GRU)':>36}")
-    for engine in ("native", "batched") if device == "cpu" else ("triton", "batched"):
-        found = contact.verdict(engine, device)
-        passed = {name: float(error) for name, error in found.items() if contact.reason(error) is None}
-        timed = [
-            f"{contact.milliseconds(engine, device, tested):.3f}" if str(tested) in passed else "-" for tested in TIMED
-        ]
+    for engine in ("native", "batched") if device == "cpu" else ("triton", "batched", "fused"):
+        found = contact.verdict(engine, device, contact.VARIANTS)
+        passed = {tested: float(error) for tested, error in found.items() if contact.reason(error) is None}
+        timed = [f"{contact.milliseconds(engine, device, tested):.3f}" if tested in passed else "-" for tested in TIMED]
         worst = f"{max(passed.values()):.1e}" if passed else "-"
         print(f"{engine:10} {f'{len(passed)}/{len(found)}':>8} {worst:>9} {'  '.join(timed):>36}")
-        for name, reason in found.items():
-            if name not in passed:
-                print(f"  refused for {name}: {contact.reason(reason)}")
+        for tested, error in found.items():
+            if tested not in passed:
+                print(f"  refused for {tested}: {contact.reason(error)}")
 
 
 def main() -> None:
@@ -35,12 +33,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="compare and time the engines")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    check.add_argument("--lines", metavar="ENGINE", help="only compare this one; a line of JSON per variant")
+    check.add_argument("--lines", nargs="+", help="ENGINE VARIANT...: only compare these; a line of JSON per variant")
     arguments = parser.parse_args()
     if not arguments.lines:
         table(arguments.device)
         return
-    for tested, error in contact.check(arguments.lines, arguments.device):
+    engine, *names = arguments.lines
+    chosen = [tested for tested in contact.VARIANTS if str(tested) in names]
+    for tested, error in contact.check(engine, arguments.device, chosen):
         print(json.dumps([str(tested), error]), flush=True)
 
 

@@ -1,7 +1,7 @@
 """The batched engine: plain torch operations step by step, of all runs that share a launch at once; backward by hand.
 
-It runs on any device, and has no shape or branch that depends on data, so that a CUDA graph can record it. Where
-torch's compiler works, a step is a product and one or two fused kernels; without, some thirty operations.
+It runs on any device, and has no shape or branch that depends on data, so that a CUDA graph can record it. A step is
+some thirty operations; of the fused engine, few.
 
 Shapes: R runs, B batch, T steps, I input, H hidden of a layer, G gates, K = H + I + 1, X columns of a layer's weight.
 A layer's weights are one matrix over [h, x, 1] (R, K, X), whose columns are the cell's gates. Selective's coordinator
@@ -10,7 +10,7 @@ reads [r * h, x, 1].
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -399,28 +399,30 @@ def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     ]
 
 
-def forward(problem: Problem, save: bool) -> Outputs:
-    """skiprnn::recurrence of R runs at once."""
+def forward(problem: Problem, save: bool, step: Callable[..., None] = forward_step) -> Outputs:
+    """skiprnn::recurrence of R runs at once; step: what computes all steps but the last, which leaves what it finds
+    elsewhere."""
     x, loop = problem.x, _Loop(problem)
     output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(size) for size in shapes(problem, save))
     whole, last = loop.views(saved)
-    for number, (step, hidden) in enumerate(zip(whole, loop.hidden, strict=True)):
-        for read in (step.read, step.reset):
+    for number, (layer, hidden) in enumerate(zip(whole, loop.hidden, strict=True)):
+        for read in (layer.read, layer.reset):
             if read is not None:
                 read[..., -1] = 1
                 if number == 0:
                     read[..., hidden:-1] = x.transpose(1, 2)
-        for place, given in zip(step.before(hidden), problem.states[loop.entries * number :], strict=False):
+        for place, given in zip(layer.before(hidden), problem.states[loop.entries * number :], strict=False):
             place[:, 0] = given
     final = [[x.new_empty(loop.runs, loop.batch, hidden) for _ in range(loop.entries)] for hidden in loop.hidden]
     gate = [part.unsqueeze(2).expand(-1, loop.batch, 1).clone() for part in problem.gate]
     steps, layers = loop.by_step(whole), loop.layers()
-    places = [[s.before(hidden) for s, hidden in zip(step, loop.hidden, strict=True)] for step in steps[1:]]
+    places = [[one.before(hidden) for one, hidden in zip(now, loop.hidden, strict=True)] for now in steps[1:]]
     kept_gates = _unbind(saved_gate if saved_gate.numel() else None, 1, loop.steps)
     each = zip(steps, loop.deciding(), [*places, final], kept_gates, loop.decisions(updates).unbind(2), strict=True)
     with _precision(x):
-        for step, deciding, after, kept_gate, decided in each:
-            forward_step(problem.cell, problem.policy, layers, step, deciding, gate, after, kept_gate, decided)
+        for now, deciding, after, kept_gate, decided in each:
+            function = forward_step if after is final else step
+            function(problem.cell, problem.policy, layers, now, deciding, gate, after, kept_gate, decided)
     if gate:
         last_gate.copy_(torch.cat(gate, 2).transpose(1, 2))
     last.copy_(final[-1][-1])
@@ -430,8 +432,14 @@ def forward(problem: Problem, save: bool) -> Outputs:
     return Outputs(output, flat, last_gate, updates, saved, saved_gate, projected)
 
 
-def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
-    """skiprnn::recurrence_backward of R runs at once."""
+def backward(
+    problem: Problem,
+    outputs: Outputs,
+    arriving: Arriving,
+    needs_input: bool,
+    step: Callable[..., None] = backward_step,
+) -> Gradients:
+    """skiprnn::recurrence_backward of R runs at once; step: what computes a step."""
     x, loop = problem.x, _Loop(problem)
     whole, last = loop.views(outputs.saved)
     rows = loop.runs, loop.batch
@@ -461,12 +469,12 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         strict=True,
     )
     with _precision(x):
-        for step, deciding, kept_gate, u, d_output, d_u, d_block, logit in reversed(list(each)):
-            backward_step(
+        for now, deciding, kept_gate, u, d_output, d_u, d_block, logit in reversed(list(each)):
+            step(
                 problem.cell,
                 problem.policy,
                 layers,
-                step,
+                now,
                 deciding,
                 kept_gate,
                 u,
@@ -477,7 +485,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
                 d_block,
                 logit,
             )
-        products = [_of_weights(loop, step, d) for step, d in zip(whole, d_blocks, strict=True)]
+        products = [_of_weights(loop, layer, d) for layer, d in zip(whole, d_blocks, strict=True)]
         d_x = x.new_empty(0)
         if needs_input:
             weight = torch.cat([part for part in layers[0] if part is not None], -1)

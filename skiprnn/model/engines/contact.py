@@ -1,4 +1,4 @@
-"""First contact: an engine that compiles for the device at hand is compared with the reference engine before it counts.
+"""First contact: on a GPU an engine is compared with the reference engine before it counts.
 
 Once per device, driver, versions and state of the engines' code, in a process of its own, which a kernel may bring
 down; the verdict is kept in the user's cache (SKIPRNN_CACHE). `python -m skiprnn.model.engines check` prints it.
@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -38,6 +39,11 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.cell}-{self.policy}-{self.layers}"
+
+
+def variant(cell: str, policy: str, layers: int) -> Variant:
+    """The one to be checked: layers are run one by one but for Skip's, and two of those are as good as more."""
+    return Variant(cell, policy, min(layers, 2))
 
 
 VARIANTS = [Variant(cell.name, policy.name, layers) for cell, policy, layers in product(CELLS, POLICIES, (1, 2))]
@@ -87,9 +93,9 @@ def _outcome(rnn, x: Tensor, lengths: Tensor | None, draw: Tensor | None, engine
     return [tensor.detach().cpu().double() for tensor in (result.updates, result.output, inferred.output, *gradients)]
 
 
-def check(engine: str, device: str) -> Iterator[tuple[Variant, float | str]]:
+def check(engine: str, device: str, variants: Sequence[Variant]) -> Iterator[tuple[Variant, float | str]]:
     """Each variant's largest error, or why it fails."""
-    for tested in VARIANTS:
+    for tested in variants:
         try:
             yield tested, max(error(engine, device, tested, lengths) for lengths in (False, True))
         except Exception as failure:  # whatever compilers and drivers come up with
@@ -132,41 +138,42 @@ def _driver() -> str:
         return str(torch.version.hip or torch.version.cuda)
 
 
-@cache
-def verdict(engine: str, device: str) -> dict[str, float | str]:
-    """Each variant's error or failure: what is kept of an earlier check, or that of one now.
+def verdict(engine: str, device: str, variants: Sequence[Variant]) -> dict[Variant, float | str]:
+    """Each variant's error or failure: what is kept of earlier checks, or that of one now.
 
     A variant that the process did not come to, for it ended before, has failed.
     """
     where = place(device)
     digest = hashlib.sha256(json.dumps(where | {"engine": engine}).encode()).hexdigest()[:16]
     file = cache_folder() / f"contact-{engine}-{digest}.json"
-    try:
-        return json.loads(file.read_bytes())["variants"]
-    except (OSError, ValueError, KeyError):
+    kept: dict[str, float | str] = {}
+    with suppress(OSError, ValueError, KeyError):
+        kept = json.loads(file.read_bytes())["variants"]
+    missing = [tested for tested in variants if str(tested) not in kept]
+    if missing:
         print(f"skiprnn: checking its {engine} engine on {where['device']}, once, about a minute", file=sys.stderr)
-    found = {str(tested): "the check ended before" for tested in VARIANTS} | _checked(engine, device)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"place": where, "variants": found}, indent=2))
-        part.replace(file)
-    except OSError as reason:
-        print(f"skiprnn: cannot keep that in {file.parent}: {reason.strerror}", file=sys.stderr)
-    return found
+        kept |= {str(tested): "the check ended before" for tested in missing} | _checked(engine, device, missing)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps({"place": where, "variants": kept}, indent=2))
+            part.replace(file)
+        except OSError as reason:
+            print(f"skiprnn: cannot keep that in {file.parent}: {reason.strerror}", file=sys.stderr)
+    return {tested: kept[str(tested)] for tested in variants}
 
 
-def _checked(engine: str, device: str) -> dict[str, float | str]:
+def _checked(engine: str, device: str, variants: Sequence[Variant]) -> dict[str, float | str]:
     """What a process of its own finds, as far as it comes."""
-    command = [sys.executable, "-m", "skiprnn.model.engines", "check", "--lines", engine, "--device", device]
+    command = [sys.executable, "-m", "skiprnn.model.engines", "check", "--device", device, "--lines", engine]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, *map(str, variants)], env=environment, stdout=subprocess.PIPE) as process:
         try:
             told, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             told, _ = process.communicate()
-    return dict(json.loads(line) for line in told.splitlines() if line.startswith("["))
+    return dict(json.loads(line) for line in told.splitlines() if line.startswith(b"["))
 
 
 def reason(found: float | str) -> str | None:
@@ -176,9 +183,8 @@ def reason(found: float | str) -> str | None:
     return None if found <= TOLERANCE else f"it differs from the reference by {found:.0e}"
 
 
+@cache
 def refused(engine: str, device: str, cell: str, policy: str, layers: int) -> str | None:
-    """Why an engine is not to be used for these here; None if it is as good as the reference.
-
-    Layers are run one by one but for Skip's, and two of those are as good as more.
-    """
-    return reason(verdict(engine, device)[str(Variant(cell, policy, min(layers, 2)))])
+    """Why an engine is not to be used for these here; None if it is as good as the reference."""
+    tested = variant(cell, policy, layers)
+    return reason(verdict(engine, device, [tested])[tested])
