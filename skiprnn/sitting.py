@@ -6,8 +6,8 @@
 `plan` writes what is to be trained, in FOLDER, and needs Hydra. `train` does not: it checks the engines, times those
 that are right, takes the fastest for each model, trains until the time is up, and puts the run folders into OUT, an
 archive for each row (tar). Unpacked in FOLDER, here or elsewhere, the same command goes on; so does skiprnn.train.
-FOLDER/sitting.json keeps what was measured. If the sweep would take longer than --budget minutes, all its runs are
-shortened alike before the first one begins.
+FOLDER/sitting.json keeps what was measured. If the sweep would take longer than --budget minutes, all its runs have
+fewer epochs, decided before they begin.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
 
 def candidates(device: torch.device) -> list[str]:
     """Engines that a step of all runs may take."""
-    return ["triton", "batched", "fused"] if device.type == "cuda" else ["native", "batched"]
+    return ["triton", "batched", "fused"] if device.type == "cuda" else ["batched"]
 
 
 def measure(runs: Sequence[RunConfig], steps: int) -> float:
@@ -127,7 +128,7 @@ class Sitting:
     def child(self, *arguments: str, seconds: float) -> tuple[int, list[dict[str, Any]]]:
         """Run this module in a process of its own, which is told to end when the time is up: status, lines of JSON."""
         command = [sys.executable, "-m", "skiprnn.sitting", *arguments, str(self.folder), *self.place]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
         ending = threading.Timer(max(seconds, 0.0), process.send_signal, [signal.SIGTERM])
         killing = threading.Timer(max(seconds, 0.0) + RESERVE / 2, process.kill)
         ending.start()
@@ -142,6 +143,8 @@ class Sitting:
         status = process.wait()
         ending.cancel()
         killing.cancel()
+        with suppress(ProcessLookupError):  # what it may have left behind
+            os.killpg(process.pid, signal.SIGKILL)
         return status, found
 
     def choose(self, left: Callable[[], float]) -> None:
@@ -152,7 +155,9 @@ class Sitting:
         seconds: dict[str, dict[str, float]] = {}
         torch_seconds: dict[str, float] = {}
         for engine in candidates(self.device):
-            contact.SECONDS = min(contact.SECONDS, left() / 4)
+            contact.SECONDS = left() / 6
+            variants = {variant_of(run) for run in self.runs}
+            contact.verdict(engine, self.device.type, sorted(variants))
             for line in self.child("time", "--engine", engine, seconds=left() / 4)[1]:
                 if "torch" in line:
                     torch_seconds[line["torch"]] = line["seconds"]
@@ -162,16 +167,23 @@ class Sitting:
         self.keep(place=where, seconds=seconds, torch=torch_seconds)
 
     def shorten(self, minutes: float, left: Callable[[], float]) -> None:
-        """Decide the epochs, once: as many as planned, or all that fit."""
+        """Decide the epochs, once: as many as planned, or all that fit.
+
+        Raises:
+            ConfigError: there was no time to measure a step.
+        """
         if "epochs" in self.known:
             return
-        (line,) = self.child("time", "--engine", "chosen", seconds=left() / 2)[1]
+        lines = self.child("time", "--engine", "chosen", seconds=left() / 2)[1]
+        if not lines:
+            raise ConfigError("a step of all runs could not be timed: give more --minutes, or no --budget")
+        (line,) = lines
         training = self.runs[0].training
         module = job.make_module(self.runs[0])
         batches = [len(module.data.training_batches(0)), len(module.data.evaluation_batches("validation"))]
         limits = training.train_batches, training.evaluation_batches
-        train, validate = (min(count, limit or count) for count, limit in zip(batches, limits, strict=True))
-        epoch = line["seconds"] * (train + validate / 3)
+        steps, validations = (min(count, limit or count) for count, limit in zip(batches, limits, strict=True))
+        epoch = line["seconds"] * (steps + validations / 3)
         epochs = max(1, min(training.epochs, int(60 * minutes / epoch)))
         print(
             f"{len(self.runs)} runs: {1e3 * line['seconds']:.2f} ms a step, {duration(epoch)} an epoch: {epochs} epochs"
@@ -204,6 +216,11 @@ class Sitting:
         return f"{complete} of {len(folders)} runs complete, {least} of {folders[0].run.training.epochs} epochs done"
 
 
+def variant_of(run: RunConfig) -> contact.Variant:
+    """What of an engine a run relies on."""
+    return contact.variant(run.model.cell, run.model.policy, run.model.num_layers)
+
+
 def timed(sitting: Sitting, engine: str) -> None:
     """Print seconds of a training step: of each row's runs by an engine where it is right, and torch's; or of all."""
     if engine == "chosen":
@@ -212,11 +229,9 @@ def timed(sitting: Sitting, engine: str) -> None:
     rows: dict[str, list[RunConfig]] = {}
     for run in sitting.runs:
         rows.setdefault(architecture(run), []).append(replace(run, engine=engine))
-    models = [runs[0].model for runs in rows.values()]
-    variants = [contact.variant(model.cell, model.policy, model.num_layers) for model in models]
-    found = contact.verdict(engine, sitting.device.type, variants)
-    for model, tested, runs in zip(models, variants, rows.values(), strict=True):
-        if wrong := contact.reason(found[tested]):
+    for runs in rows.values():
+        model, tested = runs[0].model, variant_of(runs[0])
+        if wrong := contact.reason(contact.verdict(engine, sitting.device.type, [tested])[tested]):
             print(f"{engine} is not used for {model.name}: {wrong}", flush=True)
             continue
         try:
@@ -227,7 +242,7 @@ def timed(sitting: Sitting, engine: str) -> None:
             print(json.dumps({"torch": model.cell, "seconds": measure_torch(runs[0], STEPS)}), flush=True)
 
 
-def train(sitting: Sitting, minutes: float, budget: float, out: Path | None) -> None:
+def train(sitting: Sitting, minutes: float, budget: float | None, out: Path | None) -> None:
     """One sitting."""
     start = time.monotonic()
 
@@ -237,7 +252,8 @@ def train(sitting: Sitting, minutes: float, budget: float, out: Path | None) -> 
     print(json.dumps(contact.place(sitting.device.type)), flush=True)
     try:
         sitting.choose(left)
-        sitting.shorten(budget, left)
+        if budget:
+            sitting.shorten(budget, left)
         status, _ = sitting.child("run", seconds=left())
         print(f"{sitting.told()} (status {status})", flush=True)
     finally:
@@ -254,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which it ends")
-    parser.add_argument("--budget", type=float, default=1e9, help="minutes that the whole sweep may take")
+    parser.add_argument("--budget", type=float, help="minutes that the whole sweep may take")
     parser.add_argument("--archive", type=Path, help="folder for what is to be brought back")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--device", default="auto")

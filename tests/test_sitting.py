@@ -12,9 +12,10 @@ from conftest import command
 from test_runs import assert_same_outcome
 
 from skiprnn import sitting
+from skiprnn.model.engines import contact
 from skiprnn.training import job
 from skiprnn.training.folder import RunFolder
-from skiprnn.training.module import SideBySide
+from skiprnn.training.module import SideBySide, architecture
 
 GRID = [
     *("data=digits", "profile=digits/smoke", "model=lstm,skip_lstm,random_skip_gru", "seed=0,1"),
@@ -49,7 +50,7 @@ def test_a_sitting_goes_on_where_the_first_was_stopped(planned, bare, tmp_path, 
     one.choose(lambda: 1e9)
     one.shorten(1e9, lambda: 1e9)
     known = json.loads((planned / "sitting.json").read_text())
-    assert sorted(map(len, known["seconds"].values())) == [2, 2, 2], "engines are timed for each model"
+    assert [list(times) for times in known["seconds"].values()] == [["batched"]] * 3, "timed for each model"
     assert known["torch"].keys() == {"lstm"}
     step, calls = SideBySide.training_step, iter(range(99))
 
@@ -68,17 +69,42 @@ def test_a_sitting_goes_on_where_the_first_was_stopped(planned, bare, tmp_path, 
     for archive in first.iterdir():
         with tarfile.open(archive) as content:
             content.extractall(unpacked, filter="data")
-    line = ["train", str(unpacked), "--device", "cpu", "--budget", "1e6", "--archive", str(second)]
+    line = ["train", str(unpacked), "--device", "cpu", "--archive", str(second)]
     done = command(*line, module="skiprnn.sitting", env=bare)
     assert done.returncode == 0, done.stderr
     assert "6 of 6 runs complete, 3 of 3 epochs done" in done.stdout
     assert json.loads((unpacked / "sitting.json").read_text()) == known, "nothing is measured twice"
     assert {file.stem for file in second.iterdir()} == {"sitting", "lstm", "skip_lstm_lambda0", "random_skip_gru_p0.5"}
-    # the same runs elsewhere, one by one
+    record = RunFolder.record  # which says how many runs shared a job; nothing else may differ
+    monkeypatch.setattr(RunFolder, "record", lambda self: {k: v for k, v in record(self).items() if k != "pack"})
     for run in sitting.Sitting(unpacked, device="cpu").chosen():
         alone = RunFolder(replace(run, output=str(tmp_path / "alone")))
         job.train([alone.run])
         assert_same_outcome(RunFolder(run), alone)
+
+
+def test_the_fastest_engine_is_taken_for_each_model(planned, monkeypatch):
+    """Of those that were timed; and they are timed again on another machine."""
+    times = {"triton": {"lstm": 0.3}, "batched": {"lstm": 0.2, "skip_lstm": 0.5}}
+    asked = []
+
+    def child(self, command, option, engine, seconds):
+        asked.append(engine)
+        rows = {run.model.name: architecture(run) for run in self.runs}
+        return 0, [{"row": rows[name], "seconds": taken} for name, taken in times[engine].items()]
+
+    monkeypatch.setattr(sitting.Sitting, "child", child)
+    monkeypatch.setattr(sitting, "candidates", lambda device: list(times))
+    for _ in range(2):
+        one = sitting.Sitting(planned, device="cpu")
+        one.choose(lambda: 1e9)
+        taken = {run.model.name: run.engine for run in one.chosen()}
+        assert taken == {"lstm": "batched", "skip_lstm": "batched", "random_skip_gru": "auto"}
+    assert asked == ["triton", "batched"]
+    monkeypatch.setattr(contact, "place", lambda device: {"device": "another"})
+    times["triton"]["lstm"] = 0.1
+    one.choose(lambda: 1e9)
+    assert {run.model.name: run.engine for run in one.chosen()}["lstm"] == "triton"
 
 
 def test_what_is_planned_takes_no_longer_than_the_budget(planned, monkeypatch):

@@ -41,8 +41,8 @@ class Recorder:
         if new:
             self.places[key] = [None if tensor is None else tensor.clone() for tensor in tensors]
         else:
-            pairs = [(into, one) for into, one in zip(self.places[key], tensors, strict=True) if one is not None]
-            torch._foreach_copy_([into for into, _ in pairs], [one for _, one in pairs])
+            into, given = ([tensor for tensor in some if tensor is not None] for some in (self.places[key], tensors))
+            torch._foreach_copy_(into, given)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             if new:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
@@ -26,6 +26,7 @@ from skiprnn.training.config import DivergedError, RunConfig
 from skiprnn.training.graph import Given, Recorder
 from skiprnn.training.network import Network
 
+Drawn = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # a batch, and the policy's decisions
 WRITTEN_EVERY = {"cuda": 20}  # seconds at least between checkpoints; elsewhere each epoch's end is written
 
 
@@ -117,7 +118,9 @@ class SequenceModule(nn.Module):
             if self.begun:
                 begun = torch.cat([self.begun["sums"], torch.tensor([self.begun["examples"]])])
                 self.sums[stage].sums.copy_(begun)
-                self.random_state, self.batches = self.begun["random_state"], self.begun["batches"]
+                self.batches = self.begun["batches"]
+                if len(self.begun["random_state"]) == len(self.random_state):  # else it is another device's
+                    self.random_state = self.begun["random_state"]
                 self.begun = None
 
     @contextmanager
@@ -229,7 +232,7 @@ class Pack:
 
     def losses(self, tensors: Given, stage: str) -> list[Tensor]:
         """Each run's loss, from its inputs, targets, lengths and draw, run by run."""
-        given = [tensors[start : start + 4] for start in range(0, len(tensors), 4)]
+        given = [cast(Drawn, tensors[start : start + 4]) for start in range(0, len(tensors), 4)]
         calls = [
             run.network.rnn.prepare(run.network.embed(inputs), lengths=lengths, draw=draw)
             for run, (inputs, _, lengths, draw) in zip(self.runs, given, strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from skiprnn import __version__
+from skiprnn.model.engines import contact
 
 SNAPSHOT = "snapshot.json"  # in a copy of this package outside its repository: the code_version that it is of
 RECORDED_PACKAGES = ("torch", "pytorch-lightning", "numpy")
@@ -44,12 +45,17 @@ def code_version() -> dict[str, Any] | None:
 
 
 def describe(device: torch.device, engine: str) -> dict[str, Any]:
-    """Of a result computed now by this process: code, versions, machine."""
-    return {
+    """Of a result computed now by this process: code, versions, machine.
+
+    On a GPU also what its engines were checked on, and the precision of their products.
+    """
+    on_gpu = device.type == "cuda"
+    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return ({"checked": contact.place("cuda"), "products": precision} if on_gpu else {}) | {
         "git": code_version(),
         "versions": {"python": platform.python_version(), "skiprnn": __version__}
         | {name: version(name) for name in RECORDED_PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "engine": engine,
     }

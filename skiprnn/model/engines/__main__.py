@@ -33,15 +33,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="compare and time the engines")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    check.add_argument("--lines", nargs="+", help="ENGINE VARIANT...: only compare these; a line of JSON per variant")
+    check.add_argument("--of", nargs=2, metavar=("ENGINE", "VARIANT"), help="the error of one, as JSON")
     arguments = parser.parse_args()
-    if not arguments.lines:
+    if arguments.of:
+        (tested,) = (one for one in contact.VARIANTS if str(one) == arguments.of[1])
+        print(json.dumps(contact.check(arguments.of[0], arguments.device, tested)))
+    else:
         table(arguments.device)
-        return
-    engine, *names = arguments.lines
-    chosen = [tested for tested in contact.VARIANTS if str(tested) in names]
-    for tested, error in contact.check(engine, arguments.device, chosen):
-        print(json.dumps([str(tested), error]), flush=True)
 
 
 if __name__ == "__main__":

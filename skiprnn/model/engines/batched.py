@@ -196,7 +196,8 @@ def backward_step(
         d_logit: (R, B), where that of what the sigmoid of Skip's proposal takes belongs.
     """
     _, valid, slope, w_p, _ = deciding
-    befores, candidates, blocks = [], [], []
+    befores, blocks = [], []
+    candidates: list[tuple[Tensor, ...]] = []
     for step, (d_h, *_) in zip(steps, d_states, strict=True):
         hidden = d_h.shape[-1]
         before = step.before(hidden)
@@ -325,6 +326,7 @@ class _Loop:
         found, start = [], 0
 
         def take(*shape: int) -> Tensor:
+            """The next elements."""
             nonlocal start
             if not save:
                 return saved.new_empty(shape)
@@ -332,17 +334,22 @@ class _Loop:
             return saved[start - size : start].view(shape)
 
         for number in range(len(self.hidden)):
-            *parts, blocks = (
-                take(self.runs, self.steps, self.batch, width) if width and (save or entry < 3) else None
-                for entry, width in enumerate(self.widths(number))
+            rows = self.runs, self.steps, self.batch
+            read, reset, c, blocks = self.widths(number)
+            found.append(
+                Step(
+                    take(*rows, read),
+                    take(*rows, reset) if reset else None,
+                    take(*rows, c) if c else None,
+                    take(*rows, blocks) if save else None,
+                )
             )
-            found.append(Step(parts[0], parts[1], parts[2], blocks))
         return found, take(self.runs, self.batch, self.hidden[-1])
 
     def by_step(self, whole: Sequence[Step]) -> list[list[Step]]:
         """For every step, each layer's."""
         layers = [[_unbind(part, 1, self.steps) for part in step] for step in whole]
-        return [[Step(*(part[t] for part in parts)) for parts in layers] for t in range(self.steps)]
+        return [[Step(*(part[t] for part in parts)) for parts in layers] for t in range(self.steps)]  # type: ignore[arg-type]
 
     def deciding(self) -> list[Deciding]:
         """Of every step."""
@@ -418,11 +425,11 @@ def forward(problem: Problem, save: bool, step: Callable[..., None] = forward_st
     steps, layers = loop.by_step(whole), loop.layers()
     places = [[one.before(hidden) for one, hidden in zip(now, loop.hidden, strict=True)] for now in steps[1:]]
     kept_gates = _unbind(saved_gate if saved_gate.numel() else None, 1, loop.steps)
-    each = zip(steps, loop.deciding(), [*places, final], kept_gates, loop.decisions(updates).unbind(2), strict=True)
+    decided, deciding = loop.decisions(updates).unbind(2), loop.deciding()
     with _precision(x):
-        for now, deciding, after, kept_gate, decided in each:
-            function = forward_step if after is final else step
-            function(problem.cell, problem.policy, layers, now, deciding, gate, after, kept_gate, decided)
+        for t, now in enumerate(steps):
+            function, after = (step, places[t]) if t < len(places) else (forward_step, final)
+            function(problem.cell, problem.policy, layers, now, deciding[t], gate, after, kept_gates[t], decided[t])
     if gate:
         last_gate.copy_(torch.cat(gate, 2).transpose(1, 2))
     last.copy_(final[-1][-1])

@@ -1,6 +1,6 @@
 """First contact: on a GPU an engine is compared with the reference engine before it counts.
 
-Once per device, driver, versions and state of the engines' code, in a process of its own, which a kernel may bring
+Once per device, driver, versions and state of the engines' code, in processes of their own, which a kernel may bring
 down; the verdict is kept in the user's cache (SKIPRNN_CACHE). `python -m skiprnn.model.engines check` prints it.
 """
 
@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from skiprnn.model.engines.call import CELLS, POLICIES
 from skiprnn.model.engines.native.build import cache_folder
+from skiprnn.model.policies import Skip
 
 TOLERANCE = 5e-3  # relative, of outputs and gradients: what products in tf32 leave of float32
+LATE = "its check took too long"  # this time
 SEEDS = 6  # a decision on the edge is rounded either way: so many inputs are tried
-SECONDS = 300  # that a check may take
-SHAPE = 5, 9, 2, 110  # B, T, I, H
+SECONDS = 300  # that a variant's check may take
+SHAPE, RAGGED = (16, 16, 1, 110), (5, 9, 2, 110)  # B, T, I, H: whole tiles, as are common; and odd sizes with lengths
 
 
 class Variant(NamedTuple):
@@ -53,12 +56,12 @@ def error(engine: str, device: str, tested: Variant, lengths: bool) -> float:
     """The largest relative error of outputs and gradients against the reference in float64; inf: other decisions."""
     from skiprnn.model.recurrent import Recurrent  # which chooses engines
 
-    batch, steps, inputs, hidden = SHAPE
-    options = {"p_skip": 0.4} if tested.policy.startswith("random") else {}
+    batch, steps, inputs, hidden = RAGGED if lengths else SHAPE
+    p_skip = 0.4 if tested.policy.startswith("random") else None
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        rnn = Recurrent(*tested[:2], inputs, hidden, tested.layers, batch_first=True, **options)
-        if tested.policy == "skip":
+        rnn = Recurrent(*tested[:2], inputs, hidden, tested.layers, batch_first=True, p_skip=p_skip)
+        if isinstance(rnn.policy, Skip):
             torch.nn.init.constant_(rnn.policy.bias, -0.5)
         x = torch.randn(batch, steps, inputs)
         given = torch.randint(1, steps + 1, (batch,)) if lengths else None
@@ -93,26 +96,25 @@ def _outcome(rnn, x: Tensor, lengths: Tensor | None, draw: Tensor | None, engine
     return [tensor.detach().cpu().double() for tensor in (result.updates, result.output, inferred.output, *gradients)]
 
 
-def check(engine: str, device: str, variants: Sequence[Variant]) -> Iterator[tuple[Variant, float | str]]:
-    """Each variant's largest error, or why it fails."""
-    for tested in variants:
-        try:
-            yield tested, max(error(engine, device, tested, lengths) for lengths in (False, True))
-        except Exception as failure:  # whatever compilers and drivers come up with
-            yield tested, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+def check(engine: str, device: str, tested: Variant) -> float | str:
+    """The variant's largest error, or why it fails."""
+    try:
+        return max(error(engine, device, tested, lengths) for lengths in (False, True))
+    except Exception as failure:  # whatever compilers and drivers come up with
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
 
 
 def milliseconds(engine: str, device: str, tested: Variant, steps: int = 32) -> float:
     """Of one time step, forward and backward, with 256 sequences of one input and 110 units."""
     from skiprnn.model.recurrent import Recurrent
 
-    options = {"p_skip": 0.5} if tested.policy.startswith("random") else {}
-    rnn = Recurrent(*tested[:2], 1, 110, tested.layers, batch_first=True, engine=engine, **options).to(device)
+    p_skip = 0.5 if tested.policy.startswith("random") else None
+    rnn = Recurrent(*tested[:2], 1, 110, tested.layers, batch_first=True, engine=engine, p_skip=p_skip, device=device)
     x, times = torch.rand(256, steps, 1, device=device), []
     for _ in range(4):
         start = time.perf_counter()
-        rnn(x)[0].sum().backward()
-        rnn.cells[0].bias.grad.sum().item()  # waits for the device
+        (gradient,) = torch.autograd.grad(rnn(x)[0].sum(), [rnn.cells[0].weight_hh])
+        gradient.sum().item()  # waits for the device
         times.append(time.perf_counter() - start)
     return 1e3 * min(times) / steps
 
@@ -139,10 +141,7 @@ def _driver() -> str:
 
 
 def verdict(engine: str, device: str, variants: Sequence[Variant]) -> dict[Variant, float | str]:
-    """Each variant's error or failure: what is kept of earlier checks, or that of one now.
-
-    A variant that the process did not come to, for it ended before, has failed.
-    """
+    """Each variant's error or failure: what is kept of earlier checks, or that of one now."""
     where = place(device)
     digest = hashlib.sha256(json.dumps(where | {"engine": engine}).encode()).hexdigest()[:16]
     file = cache_folder() / f"contact-{engine}-{digest}.json"
@@ -152,28 +151,32 @@ def verdict(engine: str, device: str, variants: Sequence[Variant]) -> dict[Varia
     missing = [tested for tested in variants if str(tested) not in kept]
     if missing:
         print(f"skiprnn: checking its {engine} engine on {where['device']}, once, about a minute", file=sys.stderr)
-        kept |= {str(tested): "the check ended before" for tested in missing} | _checked(engine, device, missing)
+        with ThreadPoolExecutor(max((os.cpu_count() or 1) // 2, 1)) as pool:
+            found = pool.map(partial(_checked, engine, device), missing)
+            kept |= {str(tested): error for tested, error in zip(missing, found, strict=True)}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps({"place": where, "variants": kept}, indent=2))
+            known = {name: error for name, error in kept.items() if error != LATE}
+            part.write_text(json.dumps({"place": where, "variants": known}, indent=2))
             part.replace(file)
         except OSError as reason:
             print(f"skiprnn: cannot keep that in {file.parent}: {reason.strerror}", file=sys.stderr)
     return {tested: kept[str(tested)] for tested in variants}
 
 
-def _checked(engine: str, device: str, variants: Sequence[Variant]) -> dict[str, float | str]:
-    """What a process of its own finds, as far as it comes."""
-    command = [sys.executable, "-m", "skiprnn.model.engines", "check", "--device", device, "--lines", engine]
+def _checked(engine: str, device: str, tested: Variant) -> float | str:
+    """What a process of its own finds."""
+    command = [sys.executable, "-m", "skiprnn.model.engines", "check", "--device", device, "--of", engine, str(tested)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen([*command, *map(str, variants)], env=environment, stdout=subprocess.PIPE) as process:
-        try:
-            told, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            told, _ = process.communicate()
-    return dict(json.loads(line) for line in told.splitlines() if line.startswith(b"["))
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return LATE
+    except ValueError:
+        told = done.stderr.strip().splitlines()
+        return f"its process ended with status {done.returncode}{f': {told[-1]}' if told else ''}"
 
 
 def reason(found: float | str) -> str | None:

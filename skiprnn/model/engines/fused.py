@@ -61,7 +61,7 @@ def _compile(function: Callable[..., None], leaves: Sequence[Any], structure: py
         return ()
 
     with FakeTensorMode(), torch.no_grad():
-        examples = []
+        examples: list[Any] = []
         for number in places:
             leaf = leaves[number]
             reach = 2 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
