@@ -29,7 +29,7 @@ from skiprnn.model.policies import Skip
 TOLERANCE = 5e-3  # relative, of outputs and gradients: what products in tf32 leave of float32
 LATE = "its check took too long"  # this time
 SEEDS = 6  # a decision on the edge is rounded either way: so many inputs are tried
-SECONDS = 300  # that a variant's check may take
+SECONDS = 300.0  # that a variant's check may take
 SHAPE, RAGGED = (16, 16, 1, 110), (5, 9, 2, 110)  # B, T, I, H: whole tiles, as are common; and odd sizes with lengths
 
 
