@@ -67,7 +67,7 @@ def test_a_step_is_called_once_recorded_once_and_then_replayed_on_what_it_is_giv
     add, total = counting(gpu)
     recorder = Recorder(torch.device("cuda"))
     for step in range(5):
-        recorder(add, [torch.full((3,), 10.0**step), None])
+        recorder(add, [torch.full((3,), 10.0**step), None], "add")
         recorder.join()
     assert total == 3 * 11111
     assert (
@@ -81,12 +81,12 @@ def test_a_step_is_called_once_recorded_once_and_then_replayed_on_what_it_is_giv
     )
 
 
-def test_other_shapes_and_other_numbers_are_other_graphs(gpu):
+def test_other_shapes_and_other_names_are_other_graphs(gpu):
     add, total = counting(gpu)
     recorder = Recorder(torch.device("cuda"))
     for _ in range(3):
-        for size, fixed in ((3, 0.0), (2, 0.0), (3, 1.0)):
-            recorder(add, [torch.ones(size)], fixed)
+        for size, name in ((3, "add"), (2, "add"), (3, "another")):
+            recorder(add, [torch.ones(size)], name)
             recorder.join()
     assert total == 3 * 8
     assert [note for note in gpu.notes if note in ("called", "recorded")] == ["called"] * 3 + ["recorded"] * 3
@@ -96,7 +96,7 @@ def test_without_a_gpu_it_is_a_call(gpu):
     add, total = counting(gpu)
     recorder = Recorder(torch.device("cpu"))
     for _ in range(3):
-        recorder(add, [torch.ones(2)])
+        recorder(add, [torch.ones(2)], "add")
         recorder.join()
     assert total == 6
     assert gpu.notes == ["called"] * 3

@@ -25,18 +25,18 @@ class Recorder:
         self.places: dict[Hashable, list[Tensor | None]] = {}  # where a graph reads its tensors
         self.graphs: dict[Hashable, Any] = {}
 
-    def __call__(self, function: Callable[[Given], None], tensors: Given, fixed: Hashable = None) -> None:
+    def __call__(self, function: Callable[[Given], None], tensors: Given, name: Hashable) -> None:
         """Call it.
 
         Args:
             function: draws no random numbers and reads nothing back, for a graph does neither.
             tensors: what it is given.
-            fixed: numbers that it has from elsewhere: others make another graph.
+            name: tells it from others, also from itself with other numbers from elsewhere.
         """
         if self.stream is None:
             function(tensors)
             return
-        key = (function.__name__, fixed, tuple(None if tensor is None else tensor.shape for tensor in tensors))
+        key = (name, tuple(None if tensor is None else tensor.shape for tensor in tensors))
         new = key not in self.places
         if new:
             self.places[key] = [None if tensor is None else tensor.clone() for tensor in tensors]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from skiprnn.data.base import Batch, Batches, SequenceData
 from skiprnn.model import engines
 from skiprnn.model.policies import Policy
-from skiprnn.model.recurrent import RecurrentState
+from skiprnn.model.recurrent import Recurrent
 from skiprnn.training import measures
 from skiprnn.training.config import DivergedError, RunConfig
 from skiprnn.training.graph import Given, Recorder
@@ -136,19 +137,13 @@ class SequenceModule(nn.Module):
             self.random_state = generator.get_state()
             generator.set_state(outside)
 
-    def draw(self, inputs: Tensor) -> Tensor | None:
+    def draw(self, rnn: Recurrent, inputs: Tensor) -> Tensor | None:
         """The policy's random decisions for a batch (B, T, ...), the run's next ones; None where it draws nothing."""
-        rnn = self.network.rnn
         if type(rnn.policy).draw is Policy.draw:
             return None
-        x = self.network.readout.weight.new_empty(1).expand(*inputs.shape[:2], 1)
+        x = rnn.cells[0].weight_ih.new_empty(1).expand(*inputs.shape[:2], 1)
         with self.randomness():
             return rnn.policy.draw(x, sum(cell.hidden_size for cell in rnn.cells))
-
-    def read(self, state: RecurrentState) -> Tensor:
-        """The prediction (B, C) from the last state."""
-        with self.randomness() if self.run.model.dropout else nullcontext():
-            return self.network.read(state)
 
     def loss(self, prediction: Tensor, updates: Tensor, targets: Tensor, stage: str) -> Tensor:
         """Task loss + λ * state updates, mean over the batch, which is added to the stage's sums.
@@ -198,13 +193,13 @@ def evaluate(
         DivergedError: the loss is nan or infinite.
     """
     network = network or module.network
+    pack = Pack([module], [network])
     module.begin(split)
     loader = module.data.evaluation_batches(split)
     count = min(len(loader), batches or len(loader))
-    for inputs, targets, lengths in shown(islice(loader, count), count):
-        with module.randomness():
-            prediction, updates = network(inputs, lengths)
-        module.loss(prediction, updates, targets, split)
+    for batch in shown(islice(loader, count), count):
+        pack.step([batch], split)
+        pack.call.join()
     results = module.results(split)
     flops = measures.inference_flops(network.rnn, results["state_updates"], module.data.steps)
     return results | {"inference_flops": flops}
@@ -215,34 +210,38 @@ class Pack:
 
     Args:
         runs: each on the same device.
+        networks: in place of theirs, for evaluation.
     """
 
-    def __init__(self, runs: Sequence[SequenceModule]):
+    def __init__(self, runs: Sequence[SequenceModule], networks: Sequence[Network] | None = None):
         self.runs, self.call = runs, Recorder(runs[0].device)
+        self.networks = networks or [run.network for run in runs]
 
     def step(self, batches: Sequence[Batch], stage: str) -> None:
-        """Train or validate each run on its batch."""
-        draws = [run.draw(inputs) for run, (inputs, _, _) in zip(self.runs, batches, strict=True)]
-        tensors = [tensor for batch, draw in zip(batches, draws, strict=True) for tensor in (*batch, draw)]
-        function = self.train if stage == "train" else self.validate
+        """Train each run on its batch, or evaluate it in another stage."""
+        tensors: list[Tensor | None] = []
+        for run, network, batch in zip(self.runs, self.networks, batches, strict=True):
+            tensors += [*batch, run.draw(network.rnn, batch[0])]
+        function = self.train if stage == "train" else partial(self.evaluate, stage)
         if self.runs[0].run.model.dropout:  # it draws within
             function(tensors)
         else:
-            self.call(function, tensors, tuple(run.cost_per_sample for run in self.runs))
+            self.call(function, tensors, (stage, *(run.cost_per_sample for run in self.runs)))
 
     def losses(self, tensors: Given, stage: str) -> list[Tensor]:
         """Each run's loss, from its inputs, targets, lengths and draw, run by run."""
         given = [cast(Drawn, tensors[start : start + 4]) for start in range(0, len(tensors), 4)]
         calls = [
-            run.network.rnn.prepare(run.network.embed(inputs), lengths=lengths, draw=draw)
-            for run, (inputs, _, lengths, draw) in zip(self.runs, given, strict=True)
+            network.rnn.prepare(network.embed(inputs), lengths=lengths, draw=draw)
+            for network, (inputs, _, lengths, draw) in zip(self.networks, given, strict=True)
         ]
-        engine = self.runs[0].network.rnn.engine_for(calls[0].x)
+        results = engines.run_packed(self.networks[0].rnn.engine_for(calls[0].x), calls)
         losses = []
-        results = engines.run_packed(engine, calls)
-        for run, result, (_, targets, _, _) in zip(self.runs, results, given, strict=True):
-            _, state, updates = run.network.rnn.finish(*result)
-            losses.append(run.loss(run.read(state), updates, targets, stage))
+        for run, network, result, (_, targets, _, _) in zip(self.runs, self.networks, results, given, strict=True):
+            _, state, updates = network.rnn.finish(*result)
+            with run.randomness() if run.run.model.dropout else nullcontext():
+                prediction = network.read(state)
+            losses.append(run.loss(prediction, updates, targets, stage))
         return losses
 
     def train(self, tensors: Given) -> None:
@@ -254,9 +253,9 @@ class Pack:
             run.adam.zero_grad()
 
     @torch.no_grad()
-    def validate(self, tensors: Given) -> None:
+    def evaluate(self, stage: str, tensors: Given) -> None:
         """Add each run's results to its sums."""
-        self.losses(tensors, "validation")
+        self.losses(tensors, stage)
 
 
 def architecture(run: RunConfig) -> str:
