@@ -155,9 +155,8 @@ class Sitting:
         seconds: dict[str, dict[str, float]] = {}
         torch_seconds: dict[str, float] = {}
         for engine in candidates(self.device):
-            contact.SECONDS = left() / 6
-            variants = {variant_of(run) for run in self.runs}
-            contact.verdict(engine, self.device.type, sorted(variants))
+            variants = sorted({variant_of(run) for run in self.runs})
+            contact.verdict(engine, self.device.type, variants, min(contact.SECONDS, left() / 6))
             for line in self.child("time", "--engine", engine, seconds=left() / 4)[1]:
                 if "torch" in line:
                     torch_seconds[line["torch"]] = line["seconds"]

@@ -72,7 +72,7 @@ def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch
 def test_a_verdict_is_kept_for_what_it_is_of(fresh, monkeypatch):
     checks = []
 
-    def checked(engine, device, tested):
+    def checked(engine, device, seconds, tested):
         checks.append(tested)
         return {FEW[0]: 1e-6, FEW[1]: contact.LATE}.get(tested, "it fails")
 
@@ -92,7 +92,7 @@ def test_a_verdict_is_kept_for_what_it_is_of(fresh, monkeypatch):
 
 
 def test_a_process_of_its_own_finds_the_error():
-    assert 0 < contact._checked("batched", "cpu", FEW[0]) < 1e-5
+    assert 0 < contact._checked("batched", "cpu", 300, FEW[0]) < 1e-5
 
 
 def test_a_process_that_comes_down_counts_as_a_failure(tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_process_that_comes_down_counts_as_a_failure(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho CUDA error: an illegal memory access >&2\nkill -9 $$\n")
     program.chmod(0o755)
     monkeypatch.setattr(contact.sys, "executable", str(program))
-    found = contact._checked("batched", "cpu", FEW[0])
+    found = contact._checked("batched", "cpu", 300, FEW[0])
     assert found == "its process ended with status -9: CUDA error: an illegal memory access"
     assert contact.reason(found) == found
 

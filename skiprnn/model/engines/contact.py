@@ -29,7 +29,7 @@ from skiprnn.model.policies import Skip
 TOLERANCE = 5e-3  # relative, of outputs and gradients: what products in tf32 leave of float32
 LATE = "its check took too long"  # this time
 SEEDS = 6  # a decision on the edge is rounded either way: so many inputs are tried
-SECONDS = 300.0  # that a variant's check may take
+SECONDS = 300.0  # that a check may take
 SHAPE, RAGGED = (16, 16, 1, 110), (5, 9, 2, 110)  # B, T, I, H: whole tiles, as are common; and odd sizes with lengths
 
 
@@ -140,8 +140,14 @@ def _driver() -> str:
         return str(torch.version.hip or torch.version.cuda)
 
 
-def verdict(engine: str, device: str, variants: Sequence[Variant]) -> dict[Variant, float | str]:
-    """Each variant's error or failure: what is kept of earlier checks, or that of one now."""
+def verdict(
+    engine: str, device: str, variants: Sequence[Variant], seconds: float = SECONDS
+) -> dict[Variant, float | str]:
+    """Each variant's error or failure: what is kept of earlier checks, or that of one now.
+
+    Args:
+        seconds: that the check of a variant may take. One that takes longer is not kept.
+    """
     where = place(device)
     digest = hashlib.sha256(json.dumps(where | {"engine": engine}).encode()).hexdigest()[:16]
     file = cache_folder() / f"contact-{engine}-{digest}.json"
@@ -152,7 +158,7 @@ def verdict(engine: str, device: str, variants: Sequence[Variant]) -> dict[Varia
     if missing:
         print(f"skiprnn: checking its {engine} engine on {where['device']}, once, about a minute", file=sys.stderr)
         with ThreadPoolExecutor(max((os.cpu_count() or 1) // 2, 1)) as pool:
-            found = pool.map(partial(_checked, engine, device), missing)
+            found = pool.map(partial(_checked, engine, device, seconds), missing)
             kept |= {str(tested): error for tested, error in zip(missing, found, strict=True)}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +171,12 @@ def verdict(engine: str, device: str, variants: Sequence[Variant]) -> dict[Varia
     return {tested: kept[str(tested)] for tested in variants}
 
 
-def _checked(engine: str, device: str, tested: Variant) -> float | str:
+def _checked(engine: str, device: str, seconds: float, tested: Variant) -> float | str:
     """What a process of its own finds."""
     command = [sys.executable, "-m", "skiprnn.model.engines", "check", "--device", device, "--of", engine, str(tested)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
         return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return LATE
