@@ -62,7 +62,7 @@ class Step(NamedTuple):
     read: Tensor  # [h, x, 1]
     reset: Tensor | None  # [r * h, x, 1]; GRU
     c: Tensor | None  # before the step; LSTM
-    blocks: Tensor | None  # (.., X): gates, activated, and the coordinator's pre-activation; None: not kept
+    blocks: Sequence[Tensor] | None  # gates, activated, and the coordinator's pre-activation; None: not kept
 
     def before(self, hidden: int) -> tuple[Tensor, ...]:
         """The state before the step."""
@@ -110,11 +110,12 @@ def _candidate(cell: str, layer: Layer, step: Step, hidden: int) -> tuple[tuple[
         r, z, h = first[0].sigmoid(), first[1].sigmoid(), step.read[..., :hidden]
         assert step.reset is not None
         assert layer.second is not None
-        step.reset[..., :hidden].copy_(r * h)
-        new = torch.bmm(step.reset, layer.second).tanh()
+        read = torch.cat([r * h, step.read[..., hidden:]], -1)
+        step.reset.copy_(read)
+        new = torch.bmm(read, layer.second).tanh()
         blocks, candidate = [r, z, *first[2:], new], (z * h + (1 - z) * new,)
-    if step.blocks is not None:
-        step.blocks.copy_(torch.cat(blocks, -1))
+    for place, block in zip(step.blocks or (), blocks, strict=False):
+        place.copy_(block)
     return candidate, first[-1] if len(first) > COORDINATOR[cell] else None
 
 
@@ -126,7 +127,7 @@ def forward_step(
     deciding: Deciding,
     gate: Sequence[Tensor],
     after: Sequence[Sequence[Tensor]],
-    kept_gate: Tensor | None,
+    kept_gate: Sequence[Tensor],
     updates: Tensor,
 ) -> None:
     """One step of a stack of layers.
@@ -134,17 +135,16 @@ def forward_step(
     Args:
         gate: Skip's q and s, (R, B, 1), which become those after the step.
         after: where the state of each layer after the step belongs, entry by entry.
-        kept_gate: (R, 3, B), where q, s and what is proposed as the next q belong; Skip, None: not kept.
-        updates: (R, B, 1) or (R, B, H), where u belongs.
+        kept_gate: where q, s and what is proposed as the next q belong, (R, B, 1); Skip, empty: not kept.
+        updates: (R, B, 1) or (R, B, H), where u belongs, if it can be other than 1.
     """
     befores = [step.before(entries[0].shape[-1]) for step, entries in zip(steps, after, strict=True)]
     candidates: list[tuple[Tensor, ...]] = []
     coordinated = None
     for layer, step, before in zip(layers, steps, befores, strict=True):
         hidden = before[0].shape[-1]
-        for read in (step.read, step.reset) if candidates else ():
-            if read is not None:
-                read[..., hidden:-1].copy_(candidates[-1][0])
+        if candidates:
+            step.read[..., hidden:-1].copy_(candidates[-1][0])
         candidate, coordinated = _candidate(cell, layer, step, hidden)
         candidates.append(candidate)
     draw, valid, slope, w_p, b_p = deciding
@@ -159,13 +159,14 @@ def forward_step(
         u = torch.where(valid, u, 0)
     if gate and w_p is not None and b_p is not None:
         proposed = ((candidates[-1][-1] * w_p).sum(-1, keepdim=True) + b_p).sigmoid()
-        if kept_gate is not None:
-            kept_gate.copy_(torch.cat([q, s, proposed], -1).transpose(1, 2))
+        for place, value in zip(kept_gate, (q, s, proposed), strict=False):
+            place.copy_(value)
         next_gate = _mix(u, proposed, q), _mix(u, torch.zeros_like(s), accumulated)
         for old, new in zip(gate, next_gate, strict=True):
             old.copy_(new if valid is None else torch.where(valid, new, old))
-    updates.copy_(u)
     mixed = policy != "always" or valid is not None
+    if mixed:
+        updates.copy_(u)
     for candidate, before, entries in zip(candidates, befores, after, strict=True):
         for new, old, into in zip(candidate, before, entries, strict=True):
             into.copy_(_mix(u, new, old) if mixed else new)
@@ -177,13 +178,13 @@ def backward_step(
     layers: Sequence[Layer],
     steps: Sequence[Step],
     deciding: Deciding,
-    kept_gate: Tensor | None,
+    kept_gate: Sequence[Tensor],
     u: Tensor,
     d_output: Tensor | None,
     d_updates: Tensor | None,
     d_states: Sequence[Sequence[Tensor]],
     d_gate: Sequence[Tensor],
-    d_blocks: Sequence[Tensor],
+    d_blocks: Sequence[Sequence[Tensor]],
     d_logit: Tensor | None,
 ) -> None:
     """The way back through it.
@@ -192,17 +193,18 @@ def backward_step(
         u: as `updates` of forward_step.
         d_output, d_updates: gradients of the step's output (R, B, H) and of u.
         d_states, d_gate: of the states and the gate after the step, which become those before it.
-        d_blocks: where the gradients of each layer's pre-activations (R, B, X) belong.
+        d_blocks: where the gradients of each layer's pre-activations belong, block by block, (R, B, H).
         d_logit: (R, B), where that of what the sigmoid of Skip's proposal takes belongs.
     """
     _, valid, slope, w_p, _ = deciding
-    befores, blocks = [], []
+    befores: list[tuple[Tensor, ...]] = []
+    blocks: list[Sequence[Tensor]] = []
     candidates: list[tuple[Tensor, ...]] = []
     for step, (d_h, *_) in zip(steps, d_states, strict=True):
         hidden = d_h.shape[-1]
         before = step.before(hidden)
         assert step.blocks is not None
-        block = step.blocks.split(hidden, -1)
+        block = step.blocks
         if cell == "lstm":
             c = block[2] * before[1] + block[0] * block[1]
             candidates.append((c.tanh() * block[3], c))
@@ -226,8 +228,8 @@ def backward_step(
         parted = [[_parted(u, gradient) for gradient in entries] for entries in arriving]
     d_candidates = [[new for new, _ in entries] for entries in parted]
     d_befores = [[old for _, old in entries] for entries in parted]
-    if d_gate and kept_gate is not None and d_logit is not None and w_p is not None:
-        q, s, proposed = kept_gate.transpose(1, 2).split(1, -1)
+    if d_gate and d_logit is not None and w_p is not None:
+        q, s, proposed = kept_gate
         room = 1 - s
         accumulated = s + torch.minimum(q, room)
         d_q, d_s = d_gate
@@ -258,8 +260,8 @@ def backward_step(
             tanh = candidates[number][1].tanh()
             d_c = d_candidates[number][1] + d_h * o * (1 - tanh * tanh)
             d_gates = [d_c * j * i * (1 - i), d_c * i * (1 - j * j), d_c * before[1] * f * (1 - f)]
-            d_first = torch.cat([*d_gates, d_h * tanh * o * (1 - o), *d_coordinated], -1)
-            d_blocks[number].copy_(d_first)
+            found = [*d_gates, d_h * tanh * o * (1 - o), *d_coordinated]
+            d_first = torch.cat(found, -1)
             d_before[1] = d_before[1] + d_c * f
             d_read = torch.bmm(d_first, layer.first[:, :rows].mT)
         else:
@@ -269,12 +271,14 @@ def backward_step(
             d_reset = torch.bmm(d_second, layer.second[:, :rows].mT)
             d_r, below = d_reset[..., :hidden], d_reset[..., hidden:]
             d_gates = [d_r * before[0] * r * (1 - r), d_h * (before[0] - new) * z * (1 - z)]
-            d_first = torch.cat([*d_gates, *d_coordinated], -1)
-            d_blocks[number].copy_(torch.cat([d_first, d_second], -1))
+            found = [*d_gates, *d_coordinated, d_second]
+            d_first = torch.cat(found[:-1], -1)
             d_before[0] = d_before[0] + d_h * z + d_r * r
             d_read = torch.bmm(d_first, layer.first[:, :rows].mT)
             if number:
                 d_candidates[number - 1][0] = d_candidates[number - 1][0] + below
+        for place, gradient in zip(d_blocks[number], found, strict=True):
+            place.copy_(gradient)
         d_before[0] = d_before[0] + d_read[..., :hidden]
         if number:
             d_candidates[number - 1][0] = d_candidates[number - 1][0] + d_read[..., hidden:]
@@ -341,15 +345,19 @@ class _Loop:
                     take(*rows, read),
                     take(*rows, reset) if reset else None,
                     take(*rows, c) if c else None,
-                    take(*rows, blocks) if save else None,
+                    take(*rows, blocks).split(self.hidden[number], -1) if save else None,
                 )
             )
         return found, take(self.runs, self.batch, self.hidden[-1])
 
-    def by_step(self, whole: Sequence[Step]) -> list[list[Step]]:
+    def steps_of(self, whole: Sequence[Step]) -> list[list[Step]]:
         """For every step, each layer's."""
-        layers = [[_unbind(part, 1, self.steps) for part in step] for step in whole]
-        return [[Step(*(part[t] for part in parts)) for parts in layers] for t in range(self.steps)]  # type: ignore[arg-type]
+        layers = []
+        for step in whole:
+            reset, c = (_unbind(part, 1, self.steps) for part in (step.reset, step.c))
+            blocks = [None] * self.steps if step.blocks is None else by_step(step.blocks)
+            layers.append([Step(*parts) for parts in zip(step.read.unbind(1), reset, c, blocks, strict=True)])
+        return [list(each) for each in zip(*layers, strict=True)]
 
     def deciding(self) -> list[Deciding]:
         """Of every step."""
@@ -366,6 +374,12 @@ class _Loop:
         each = zip(_unbind(draw, 2, self.steps), _unbind(valid, 2, self.steps), strict=True)
         return [Deciding(one, alive, slope, w_p, b_p) for one, alive in each]
 
+    def gates(self, saved_gate: Tensor) -> list[Sequence[Tensor]]:
+        """For every step, the parts of Skip's kept gate (R, T, 3, B), (R, B, 1) each; none if it is empty."""
+        if not saved_gate.numel():
+            return [()] * self.steps
+        return by_step(saved_gate.unsqueeze(4).unbind(2))
+
     def decisions(self, updates: Tensor) -> Tensor:
         """Updates as (R, B, T, 1) or (R, B, T, H)."""
         return updates if self.problem.by_neuron else updates.unsqueeze(3)
@@ -373,6 +387,11 @@ class _Loop:
 
 def _unbind(tensor: Tensor | None, dimension: int, count: int) -> Sequence[Tensor | None]:
     return [None] * count if tensor is None else tensor.unbind(dimension)
+
+
+def by_step(parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """For every step, each part of a whole sequence (R, T, ...)."""
+    return list(zip(*(part.unbind(1) for part in parts), strict=True))
 
 
 @contextmanager
@@ -413,18 +432,18 @@ def forward(problem: Problem, save: bool, step: Callable[..., None] = forward_st
     output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(size) for size in shapes(problem, save))
     whole, last = loop.views(saved)
     for number, (layer, hidden) in enumerate(zip(whole, loop.hidden, strict=True)):
-        for read in (layer.read, layer.reset):
-            if read is not None:
-                read[..., -1] = 1
-                if number == 0:
-                    read[..., hidden:-1] = x.transpose(1, 2)
+        layer.read[..., -1] = 1
+        if number == 0:
+            layer.read[..., hidden:-1] = x.transpose(1, 2)
         for place, given in zip(layer.before(hidden), problem.states[loop.entries * number :], strict=False):
             place[:, 0] = given
     final = [[x.new_empty(loop.runs, loop.batch, hidden) for _ in range(loop.entries)] for hidden in loop.hidden]
     gate = [part.unsqueeze(2).expand(-1, loop.batch, 1).clone() for part in problem.gate]
-    steps, layers = loop.by_step(whole), loop.layers()
+    steps, layers = loop.steps_of(whole), loop.layers()
     places = [[one.before(hidden) for one, hidden in zip(now, loop.hidden, strict=True)] for now in steps[1:]]
-    kept_gates = _unbind(saved_gate if saved_gate.numel() else None, 1, loop.steps)
+    kept_gates = loop.gates(saved_gate)
+    if problem.policy == "always" and problem.lengths is None:
+        updates.fill_(1)
     decided, deciding = loop.decisions(updates).unbind(2), loop.deciding()
     with _precision(x):
         for t, now in enumerate(steps):
@@ -462,16 +481,17 @@ def backward(
             place.copy_(given.unsqueeze(2))
     d_blocks = [x.new_empty(loop.runs, loop.steps, loop.batch, loop.count * hidden) for hidden in loop.hidden]
     d_logit = x.new_empty(loop.runs, loop.steps, loop.batch) if d_gate else None
+    d_parts = [part.split(hidden, -1) for part, hidden in zip(d_blocks, loop.hidden, strict=True)]
     d_updates = None if arriving.updates is None else loop.decisions(arriving.updates)
     layers = loop.layers()
     each = zip(
-        loop.by_step(whole),
+        loop.steps_of(whole),
         loop.deciding(),
-        _unbind(outputs.saved_gate if d_gate else None, 1, loop.steps),
+        loop.gates(outputs.saved_gate),
         loop.decisions(outputs.updates).unbind(2),
         _unbind(arriving.output, 2, loop.steps),
         _unbind(d_updates, 2, loop.steps),
-        zip(*(part.unbind(1) for part in d_blocks), strict=True),
+        zip(*(by_step(parts) for parts in d_parts), strict=True),
         _unbind(d_logit, 1, loop.steps),
         strict=True,
     )
