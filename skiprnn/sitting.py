@@ -1,6 +1,6 @@
 """Train a planned sweep on a GPU that is to be had for minutes at a time: all runs at once, a bit further each time.
 
-    python -m skiprnn.sitting plan FOLDER experiment=table1 profile=mnist/paper rows=[1,2,3,4,5,6]
+    python -m skiprnn.sitting plan FOLDER experiment=table1 profile=mnist/paper 'rows=[1,2,3,4,5,6]'
     python -m skiprnn.sitting train FOLDER --minutes 9 --archive OUT
 
 `plan` writes what is to be trained, in FOLDER, and needs Hydra. `train` does not: it checks the engines, times those

@@ -297,6 +297,16 @@ def test_untracked_code_and_settings_count_as_changes(tracked, file, dirty, tmp_
     assert (version and version["dirty"]) == dirty
 
 
+@pytest.mark.parametrize(("told", "dirty"), [("6aa0366", False), ("6aa0366-dirty", True)])
+def test_a_copy_may_be_told_what_it_is_of(told, dirty, monkeypatch):
+    monkeypatch.setenv("SKIPRNN_COMMIT", told)
+    provenance.code_version.cache_clear()
+    try:
+        assert provenance.code_version() == {"commit": "6aa0366", "dirty": dirty}
+    finally:
+        provenance.code_version.cache_clear()
+
+
 def test_learning_rate_rises_at_the_start_and_falls_at_the_end_in_equal_steps(small_run):
     course = ["training.warmup_epochs=1", "training.decay_epochs=2"]
     run = small_run("training.epochs=5", *course, "training.learning_rate=0.3")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -22,8 +23,11 @@ def code_version() -> dict[str, Any] | None:
     """The git commit, and whether files differ from it, when this process first asked: what is committed later is not
     what it runs. Untracked files count where code and settings are.
 
-    None where no repository tracks this package: an installed one may lie inside somebody else's.
+    None where no repository tracks this package: an installed one may lie inside somebody else's. What a copy is of,
+    SKIPRNN_COMMIT may say, in the words of `git describe --always --abbrev=40 --dirty`.
     """
+    if told := os.environ.get("SKIPRNN_COMMIT"):
+        return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
     package = Path(__file__).parents[1]
     if (file := package / SNAPSHOT).exists():
         return json.loads(file.read_text())
