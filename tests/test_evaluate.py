@@ -121,6 +121,22 @@ def test_verify_compares_with_the_records(published, tmp_path, capsys):
     assert f"DIFFERS {file}" in capsys.readouterr().out
 
 
+def test_the_last_epoch_is_published_too_where_another_was_the_best(published, tmp_path, capsys):
+    _, file = published("model=skip_lstm", "training.epochs=2", "training.learning_rate=1e-12")  # a tie: the first
+    last = file.with_name(pretrained.LAST)
+    assert f"1 of 2; `{last.name}` is the last" in file.with_name("README.md").read_text()
+    (record, best), (again, tensors) = pretrained.read(file), pretrained.read(last)
+    assert record == again
+    assert any(not torch.equal(best[name], tensors[name]) for name in best)
+    evaluate.main([f"verify={tmp_path}/pub*", "device=cpu"])
+    assert capsys.readouterr().out.count("agrees") == 2
+    record["final"]["test"]["accuracy"] += 0.01
+    last.write_bytes(pretrained.serialise(record, tensors))
+    with pytest.raises(SystemExit, match="error: 1 of 2 checkpoints differ from their records"):
+        evaluate.main([f"verify={tmp_path}/pub*", "device=cpu"])
+    assert f"DIFFERS {last}" in capsys.readouterr().out
+
+
 # published checkpoints
 
 

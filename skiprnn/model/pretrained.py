@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 SUFFIX = ".safetensors"
+FILE, LAST = f"model{SUFFIX}", f"last{SUFFIX}"  # of the epoch with the best validation score, and of the last one
 KEY = "skiprnn"  # of the metadata entry that holds the record as JSON
 
 
