@@ -473,6 +473,15 @@ def test_settings_that_cannot_work(settings, message, no_slurm):
         slurm(*[f"hydra.launcher.{setting}" for setting in settings])
 
 
+def test_how_a_job_ended_is_known_after_the_queue_has_forgotten_it(no_slurm):
+    one = cluster.Waiting(cluster.Submitted("7_0", "slurm", no_slurm, [[]]), {}, 0)
+    assert [one.is_over(state) for state in ("RUNNING", "CANCELLED", "GONE")] == [False, False, True]
+    assert one.state == "CANCELLED"
+    assert cluster.last_state(one.job) == "CANCELLED", "it never began"
+    one.job.log.touch()
+    assert cluster.last_state(one.job) == "GONE"
+
+
 def test_slurm_launcher_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no sbatch; start the sweep on a login node"):
