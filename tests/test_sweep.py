@@ -479,7 +479,7 @@ def test_how_a_job_ended_is_known_after_the_queue_has_forgotten_it(no_slurm):
     assert [one.is_over(state) for state in ("RUNNING", "CANCELLED", "GONE")] == [False, False, True]
     assert one.state == "CANCELLED"
     assert cluster.last_state(one.job) == "CANCELLED", "it never began"
-    one.job.log.touch()
+    (no_slurm / "7_0_0_log.out").touch()
     assert cluster.last_state(one.job) == "GONE"
 
 
