@@ -234,7 +234,7 @@ def test_workers_end_with_their_sweep(number, tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path):
     """A sweep of 8 runs, killed with all its processes at 20 random moments, ends as an undisturbed one."""
-    options = ["model=skip_lstm,random_skip_gru", "seed=range(4)", *SMALL, "training.epochs=150"]
+    options = ["model=skip_lstm,random_skip_gru", "seed=range(4)", *SMALL, "training.epochs=60"]
     program = [
         sys.executable,
         "-m",
@@ -254,7 +254,7 @@ def test_twenty_kills_leave_no_trace(tmp_path):
 
     while True:
         sweep = subprocess.Popen([*program, f"output={output['killed']}"], start_new_session=True)
-        enough = epochs() + random.randint(0, 50)  # of 1,200
+        enough = epochs() + random.randint(0, 15)  # of 480
         if kills < 20:
             wait_until(lambda enough=enough: epochs() > enough, sweep, seconds=1200)
             with suppress(subprocess.TimeoutExpired):
