@@ -311,7 +311,7 @@ def test_a_time_limit_shorter_than_an_epoch(login, tmp_path):
 
 @pytest.mark.slow
 def test_whatever_happens_to_jobs_their_runs_end_as_undisturbed_ones(slurm, login, tmp_path):
-    arguments = ["model=random_skip_lstm", "training.epochs=300", "threads=1"]
+    arguments = ["model=random_skip_lstm", "training.epochs=150", "threads=1"]
     one = login(*arguments, "seed=0,1,2")
     until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 3, one.text)
     requeued, stopped, _ = one.submitted()
