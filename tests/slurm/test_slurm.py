@@ -70,7 +70,7 @@ class Login:
             self.slurm("scontrol", "release", id)
 
 
-def until(holds: Callable[[], bool], message: Callable[[], str], seconds: float = 300) -> None:
+def until(holds: Callable[[], bool], message: Callable[[], str], seconds: float = 1200) -> None:
     """Wait for what another process will do."""
     for _ in range(int(seconds / 0.2)):
         if holds():
