@@ -187,16 +187,15 @@ class Submitted:
         return read_failures(failures_file(self.folder, self.id))
 
     @property
-    def log(self) -> Path:
-        """Its stderr, which is there from its beginning."""
-        return self.folder / f"{self.id}_0_log.err"
+    def began(self) -> bool:
+        """Whether it ever ran: it has a log from its first moment."""
+        return (self.folder / f"{self.id}_0_log.out").exists()
 
     @property
     def last_words(self) -> str:
         """The last line that it wrote to stderr, and where."""
-        if not self.log.exists():
-            return "it wrote nothing"
-        return f"{self.log}: {last_line(self.log.read_text(errors='replace'))}"
+        log = self.folder / f"{self.id}_0_log.err"
+        return f"{log}: {last_line(log.read_text(errors='replace'))}" if log.exists() else "it wrote nothing"
 
 
 def submitted(folder: Path) -> list[Submitted]:
@@ -241,7 +240,7 @@ def last_state(job: Submitted) -> str:
 
     A task of an array that is cancelled before it begins leaves no trace in SLURM; others, if SLURM keeps accounts.
     """
-    if job.cluster == "slurm" and not job.log.exists():
+    if job.cluster == "slurm" and not job.began:
         return "CANCELLED"
     with contextlib.suppress(ConfigError, IndexError):
         return output_of(

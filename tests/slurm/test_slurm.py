@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, command
+from conftest import SMALL
 from daemons import PROGRAMS, Slurm
 from test_runs import assert_same_outcome
 from test_sweep import interrupted
@@ -70,7 +70,7 @@ class Login:
             self.slurm("scontrol", "release", id)
 
 
-def until(holds: Callable[[], bool], message: Callable[[], str], seconds: float = 300) -> None:
+def until(holds: Callable[[], bool], message: Callable[[], str], seconds: float = 1200) -> None:
     """Wait for what another process will do."""
     for _ in range(int(seconds / 0.2)):
         if holds():
@@ -132,7 +132,7 @@ def test_the_same_command_finds_its_jobs_when_the_login_process_was_killed(slurm
     slurm.stop("slurmctld")
     second.says("waiting for it")
     slurm.start_controller()
-    assert len(second.jobs()) == 2
+    assert len(second.submitted()) == 2
     second.release()
     assert second.ends() == 0, second.text()
     assert "2 complete" in report(tmp_path / "runs")
@@ -151,6 +151,20 @@ def test_an_interrupted_login_process_leaves_its_jobs(login):
         "interrupted: the same command continues",
     ]
     assert list(one.jobs().values()) == ["PENDING"]
+
+
+@pytest.mark.slow
+def test_what_clusters_ask_for_reaches_sbatch(slurm, login):
+    """As docs/sweeps.md has it."""
+    asked = {"partition": "main", "account": "lab", "qos": "normal", "constraint": "a100"}
+    setup = "+hydra.launcher.slurm_setup=['module load cuda']"
+    settings = [f"+hydra.launcher.slurm_{name}={value}" for name, value in asked.items()]
+    one = login("--detach", "model=skip_lstm", "seed=0", HELD, "hydra.launcher.timeout_min=60", setup, *settings)
+    assert one.ends() == 0, one.text()
+    job = slurm("scontrol", "show", "job", *one.submitted()).split()
+    assert {"Partition=main", "Account=lab", "Features=a100", "TimeLimit=01:00:00"} <= set(job)
+    (script,) = one.output.rglob("*_submission.sh")
+    assert {"#SBATCH --qos=normal", "module load cuda"} <= set(script.read_text().splitlines()), "no accounts, no QOS"
 
 
 @pytest.mark.slow
@@ -263,11 +277,11 @@ def test_short_runs_share_jobs_and_arrays_overlap(slurm, login, tmp_path):
     shape = ["hydra.launcher.runs_per_job=3", "hydra.sweeper.max_batch_size=1"]
     one = login("model=skip_lstm", "seed=range(5)", "training.epochs=1", HELD, *shape)
     one.says("2 pending (JobHeldUser)")
-    assert len({id.split("_")[0] for id in one.jobs()}) == 2
+    assert len({id.split("_")[0] for id in one.submitted()}) == 2
     one.release()
     assert one.ends() == 0, one.text()
     assert len(records(tmp_path / "runs")) == 5
-    assert len(one.jobs()) == 2
+    assert len(one.submitted()) == 2
 
 
 @pytest.mark.slow
@@ -277,29 +291,56 @@ def test_a_run_whose_time_was_up_ends_as_an_undisturbed_one(login, tmp_path):
     one = login(*arguments, "seed=0", environment=told)
     assert one.ends() == 0, one.text()
     assert "Requeued job" in "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
-    assert len(one.jobs()) == 1
-    assert_as_undisturbed(tmp_path, *arguments)
+    assert len(one.submitted()) == len(records(tmp_path / "runs")) == 1
+    assert_as_undisturbed(tmp_path, *arguments, "seed=0")
 
 
 @pytest.mark.slow
-def test_a_time_limit_shorter_than_an_epoch(login, tmp_path):
-    """Every job adds some batches."""
-    epoch = ["data=adding", "profile=adding/smoke", "data.length=200", "data.batches_per_epoch=4000", "threads=1"]
+def test_a_time_limit_shorter_than_an_epoch(slurm, login, tmp_path):
+    """SLURM's own word, which comes within 30 s of a limit that is near."""
+    epoch = ["data=adding", "profile=adding/smoke", "data.length=200", "data.batches_per_epoch=3000", "threads=1"]
     arguments = ["model=random_skip_lstm", *epoch, "training.epochs=1", "training.train_batches=null"]
-    one = login(*arguments, "seed=0", "hydra.launcher.timeout_min=2", "hydra.launcher.slurm_signal_delay_s=60")
+    one = login(*arguments, "seed=0")
+    until(lambda: bool(list(one.output.glob("adding/*/*/config.yaml"))), one.text)
+    (job,) = one.submitted()
+    minutes = int(slurm("squeue", "--noheader", f"--jobs={job}", "--format=%M").split(":")[-2])
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")
+    until(lambda: "Requeued job" in "".join(file.read_text() for file in one.output.rglob("*_log.*")), one.text)
+    assert not list(one.output.rglob("metrics.csv")), "within the first epoch"
+    assert list(one.output.rglob("last.ckpt"))
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=240")
     until(lambda: one.process.poll() is not None, one.text, seconds=3600)
     assert one.process.returncode == 0, one.text()
-    logs = "".join(file.read_text() for file in tmp_path.rglob("*_log.*"))
-    assert logs.count("Requeued job") > 1
-    assert len(one.jobs()) == 1
-    assert_as_undisturbed(tmp_path, *arguments)
+    assert one.submitted() == [job]
+    assert_as_undisturbed(tmp_path, *arguments, "seed=0")
+
+
+@pytest.mark.slow
+def test_whatever_happens_to_jobs_their_runs_end_as_undisturbed_ones(slurm, login, tmp_path):
+    arguments = ["model=random_skip_lstm", "training.epochs=150", "threads=1"]
+    one = login(*arguments, "seed=0,1,2")
+    until(lambda: len(list(tmp_path.rglob("last.ckpt"))) == 3, one.text)
+    requeued, stopped, _ = one.submitted()
+    slurm("scontrol", "update", f"NodeName={slurm.host}", "State=DRAIN", "Reason=test")
+    slurm("scontrol", "requeue", requeued)
+    slurm("scancel", f"{stopped}.0")
+    slurm.stop("slurmctld")
+    slurm.stop("slurmd")
+    slurm.start_controller()
+    slurm.start_node()
+    until(lambda: one.jobs()[requeued] == "PENDING", lambda: str(one.jobs()))
+    slurm("scontrol", "update", f"NodeName={slurm.host}", "State=RESUME")
+    assert one.ends() == 0, one.text()
+    assert f"job {stopped} died (failed), and its runs continue in another" in one.text()
+    assert len(one.submitted()) == 4
+    assert len(records(tmp_path / "runs")) == 3
+    assert_as_undisturbed(tmp_path, *arguments, "seed=0,1,2")
 
 
 def assert_as_undisturbed(folder: Path, *arguments: str) -> None:
-    """The one run in a folder ended as one on this machine to which nothing happened."""
-    (file,) = (folder / "runs").rglob("record.json")
-    record = json.loads(file.read_text())
-    outputs = [RunConfig.of(record["config"], output=str(folder / name)) for name in ("runs", "undisturbed")]
-    done = command(*TINY, *arguments, "seed=0", f"output={folder / 'undisturbed'}")
-    assert done.returncode == 0, done.stderr
-    assert_same_outcome(*map(RunFolder, outputs))
+    """Runs in a folder ended as those of a sweep on this machine to which nothing happened."""
+    program = [sys.executable, "-m", "skiprnn.train", "-m"]
+    subprocess.run([*program, *TINY, *arguments, f"output={folder / 'undisturbed'}"], cwd=ROOT, check=True)
+    for record in records(folder / "runs"):
+        runs = [RunConfig.of(record["config"], output=str(folder / name)) for name in ("runs", "undisturbed")]
+        assert_same_outcome(*map(RunFolder, runs))
