@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from skiprnn import Recurrent, RecurrentState
+from skiprnn import Recurrent
 from skiprnn.model.policies import Skip
 from skiprnn.training.timing import alternate
 
@@ -53,7 +53,7 @@ def skip_network(cell: str, shape, period: int, engine: str = "native") -> Recur
     return rnn
 
 
-def desynchronised(rnn: Recurrent, batch: int) -> RecurrentState:
+def desynchronised(rnn: Recurrent, batch: int) -> Any:
     """An initial state whose rows update at different times."""
     assert isinstance(rnn.policy, Skip)
     q = torch.sigmoid(rnn.policy.bias.detach()).expand(batch, 1)
@@ -64,7 +64,7 @@ def train(rnn: Any, x: Tensor, scattered: bool = False) -> None:
     """Forward and backward of a classifier's loss on the last state; the input needs no gradient."""
     result = rnn(x, desynchronised(rnn, len(x))) if scattered else rnn(x)
     state = result[1]
-    last = state.h if isinstance(state, RecurrentState) else state[0] if isinstance(state, tuple) else state
+    last = state[0] if isinstance(state, tuple) else state
     loss = last[-1].square().sum()
     if len(result) == 3 and result[2].requires_grad:
         loss = loss + 1e-4 * result[2].sum()

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from conftest import entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from skiprnn import Recurrent, RecurrentState, SkipGRU, SkipLSTM
+from skiprnn import Recurrent, SkipGRU, SkipLSTM
 from skiprnn.model import engines
 from skiprnn.model.engines import operator
 from skiprnn.model.engines.native import build
@@ -39,13 +40,10 @@ def network(cell, policy, inputs, hidden, layers, engine, seed=0, bias=0.0, slop
 def results(rnn, x, seed, state=None, lengths=None, input_gradient=True) -> dict[str, torch.Tensor]:
     """Everything a run gives, and the gradient of a random combination of all of it in everything that has one."""
     x = x.detach().requires_grad_(input_gradient)
-    given = [part.detach().requires_grad_() for part in state or [] if part is not None]
-    if state is not None:
-        kinds = iter(given)
-        state = RecurrentState(*(None if part is None else next(kinds) for part in state))
+    given = [part.detach().requires_grad_() for part in state or []]
     torch.manual_seed(seed)  # the random policies' draws
-    output, after, updates = rnn(x, state, lengths)
-    named = {"output": output, "updates": updates, **{k: v for k, v in after._asdict().items() if v is not None}}
+    output, after, updates = rnn(x, given or None, lengths)
+    named = {"output": output, "updates": updates} | {f"state {i}": part for i, part in enumerate(entries(after))}
     generator = torch.Generator().manual_seed(seed)
     loss = 0
     for value in named.values():
@@ -73,11 +71,11 @@ def assert_equal(actual, expected, tolerance):
 
 
 def random_state(cell, policy, batch, hidden, dtype=torch.float64):
-    def entries():
+    def entry():
         return torch.stack([torch.randn(batch, hidden, dtype=dtype)])
 
     gate = (torch.rand(batch, 1, dtype=dtype), torch.rand(batch, 1, dtype=dtype) / 2) if policy == "skip" else ()
-    return RecurrentState(entries(), entries() if cell == "lstm" else None, *gate)
+    return (entry(), *([entry()] if cell == "lstm" else []), *gate)
 
 
 @requires_native
@@ -191,7 +189,7 @@ def test_a_gate_that_is_nan_shows(engine):
         output, state, updates = rnn(x)
     assert updates[0].isnan().tolist() == [False, *[True] * 8]
     assert output[0].isnan().all()
-    assert all(part is None or part.select(-2, 0).isnan().all() for part in state)
+    assert all(part.select(-2, 0).isnan().all() for part in entries(state))
     assert output[1].isfinite().all()
 
 
@@ -210,7 +208,7 @@ def test_compact_equals_reference(cell, policy, layers, ragged):
         else:
             with torch.no_grad():
                 output, state, updates = rnn(x, lengths=lengths)
-            runs.append({"output": output, "updates": updates, "q": state.update_prob, "h": state.h})
+            runs.append({"output": output, "updates": updates} | dict(enumerate(entries(state))))
     assert 0 < runs[0]["updates"].mean() < 1
     assert_equal(runs[1], runs[0], 1e-10)
 
@@ -534,8 +532,8 @@ def test_stream_equals_batch_and_reads_only_what_it_needs(kind, q, dtype, engine
         stream.skip(passing)
         t += 1 + passing
     assert read == updates[0].nonzero().flatten().tolist()
-    for ours, theirs in zip(stream.state, state, strict=True):
-        assert ours is theirs is None or torch.allclose(ours, theirs)
+    for ours, theirs in zip(entries(stream.state), entries(state), strict=True):
+        assert torch.allclose(ours, theirs)
     with pytest.raises(ValueError, match="can skip"):
         stream.skip(stream.unneeded + 1)
 

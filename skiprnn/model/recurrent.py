@@ -1,12 +1,12 @@
 """A recurrent network = cells × policy × layers, with torch.nn.LSTM's habits.
 
 rnn = SkipLSTM(input_size, hidden_size, num_layers=1, batch_first=False)
-output, state, updates = rnn(x, state=None, lengths=None)
+output, (h, c), updates = rnn(x, state=None, lengths=None)  # output, h, updates for GRUs
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,8 @@ from skiprnn.model import engines, pretrained
 from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
 from skiprnn.model.engines.call import Call
 from skiprnn.model.policies import POLICIES, Gate, Policy, StepPolicy, make_policy
+from skiprnn.model.state import attach, each
 from skiprnn.model.stream import Stream
-
-
-class RecurrentState(NamedTuple):
-    """What a recurrent network remembers between two calls. Feed it back to continue a sequence.
-
-    Layers of unequal hidden sizes have tuples of (B, H) tensors in place of (L, B, H).
-    """
-
-    h: Tensor | tuple[Tensor, ...]  # (L, B, H)
-    c: Tensor | tuple[Tensor, ...] | None = None  # (L, B, H), LSTM
-    update_prob: Tensor | None = None  # (B, 1), Skip: q, the increment of the gate per skipped step
-    cum_update_prob: Tensor | None = None  # (B, 1), Skip: s, accumulated since the last update
-    others: dict[str, Any] | None = None  # what other cells and policies carry, likewise, by its name
 
 
 class Options(TypedDict, total=False):
@@ -151,22 +139,24 @@ class Recurrent(nn.Module):
     def forward(
         self,
         x: Tensor | PackedSequence,
-        state: RecurrentState | Sequence[Tensor] | Tensor | None = None,
+        state: Any = None,
         lengths: Tensor | Sequence[int] | None = None,
-    ) -> tuple[Any, RecurrentState, Any]:
+    ) -> tuple[Any, Any, Any]:
         """Run whole sequences.
 
         Args:
             x: (T, B, I), or (B, T, I) with batch_first; one sequence (T, I); a PackedSequence; the parameters' dtype
                 and device.
-            state: where to continue: a RecurrentState, or as in torch a pair (h, c) for LSTMs, h for GRUs, (L, B, H)
-                each, (L, H) for one sequence. None: the initial state.
+            state: where to continue, as in torch a pair (h, c) for LSTMs, h for GRUs, (L, B, H) each, (L, H) for one
+                sequence; for layers of unequal sizes tuples of (B, H). A returned h carries the policy's gate state
+                (see GatedState), with another h the gate starts anew; (h, c, *gate_state) gives it by hand. None: the
+                initial state.
             lengths: (B,) integers, the steps of each sequence that count; later ones update nothing and repeat the
                 last valid output. None: all T.
 
         Returns:
             output: the top layer's h, (T, B, H), laid out or packed as x.
-            state: after the last valid step.
+            state: after the last valid step, in the form of the argument.
             updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, H) for neuron policies (all
                 layers' neurons side by side), laid out or packed as x; differentiable (straight-through) where the
                 policy learns.
@@ -182,12 +172,12 @@ class Recurrent(nn.Module):
             if lengths is not None:
                 raise ValueError("one sequence (steps, input) takes no lengths: cut it")
             batch = 0 if self.batch_first else 1
-            output, after, updates = self(x.unsqueeze(batch), _each(state, Tensor.unsqueeze))
-            return output.squeeze(batch), _each(after, Tensor.squeeze), updates.squeeze(batch)
+            output, after, updates = self(x.unsqueeze(batch), each(state, Tensor.unsqueeze))
+            return output.squeeze(batch), each(after, Tensor.squeeze), updates.squeeze(batch)
         call = self.prepare(x, state, lengths)
         return self.finish(*engines.ENGINES[self.engine_for(call.x)].run(call))
 
-    def _packed(self, x: PackedSequence, state) -> tuple[PackedSequence, RecurrentState, PackedSequence]:
+    def _packed(self, x: PackedSequence, state) -> tuple[PackedSequence, Any, PackedSequence]:
         """forward of a PackedSequence; as in torch, `state` has the order of the sequences before they were sorted."""
         padded, lengths = pad_packed_sequence(x, self.batch_first)
         output, after, updates = self(padded, state, lengths)
@@ -222,13 +212,13 @@ class Recurrent(nn.Module):
 
     def finish(
         self, output: Tensor, states: Sequence[State], gate: Gate, updates: Tensor
-    ) -> tuple[Tensor, RecurrentState, Tensor]:
+    ) -> tuple[Tensor, Any, Tensor]:
         """forward's results, from what an engine's run returned."""
         if not self.batch_first:
             output, updates = output.transpose(0, 1), updates.transpose(0, 1)
         return output, self.pack(states, gate), updates
 
-    def stream(self, state: RecurrentState | None = None) -> Stream:
+    def stream(self, state: Any = None) -> Stream:
         """Run one sequence sample by sample, from `state` (batch 1) on; tells which coming samples need not be read."""
         return Stream(self, state)
 
@@ -263,40 +253,41 @@ class Recurrent(nn.Module):
         if state is None:
             return [cell.initial_state(batch_size) for cell in self.cells], gate
         names, gate_names = self.state_names
-        if isinstance(state, RecurrentState):
-            found = {name: part for name, part in state._asdict().items() if name != "others" and part is not None}
-            found |= state.others or {}
-        else:
-            parts = [state] if isinstance(state, Tensor) else [part for part in state if part is not None]
-            found = dict(zip((*names, *gate_names, *range(len(parts))), parts, strict=False))
-        if found.keys() - set(gate_names) != set(names) or len(found) not in (len(names), len(names + gate_names)):
+        layers = len(names) == 1 and not isinstance(self.hidden_size, int) and isinstance(state[0], Tensor)
+        parts = [state] if isinstance(state, Tensor) or layers else list(state)
+        if len(parts) not in (len(names), len(names) + len(gate)):
             wanted = f"{', '.join(names)}{' and the gate' if gate else ''}"
-            raise ValueError(f"state must hold {wanted}; got {len(found)} parts")
+            raise ValueError(f"state must hold {wanted}; got {len(parts)} parts")
+        entries, given = parts[: len(names)], tuple(parts[len(names) :])
+        if not given:  # it rides along on h, or on the top layer's h where they differ in size
+            top = entries[0] if isinstance(entries[0], Tensor) else entries[0][-1]
+            given = getattr(top, "gate_state", ()) if gate else ()
         expected = [(batch_size, cell.hidden_size) for cell in self.cells]
-        for name in names:
-            if [tuple(layer.shape) for layer in found[name]] != expected:
-                shapes = [tuple(layer.shape) for layer in found[name]]
+        for name, entry in zip(names, entries, strict=True):
+            shapes = [tuple(layer.shape) for layer in entry]
+            if shapes != expected:
                 raise ValueError(f"state {name} must be {expected} over the layers; got {shapes}")
-        given = tuple(found[name] for name in gate_names if name in found)
         if given and [tuple(part.shape) for part in given] != [(batch_size, 1)] * len(gate):
             shapes = [tuple(part.shape) for part in given]
-            raise ValueError(f"the state's gate must be {(batch_size, 1)} each; got {shapes}")
+            raise ValueError(f"the state's gate must be {len(gate)} of {(batch_size, 1)}; got {shapes}")
         dtype = self.cells[0].weight_ih.dtype
-        for name, part in found.items():
+        for name, part in zip((*names, *gate_names), (*entries, *given), strict=False):
             for tensor in part:
                 if tensor.dtype != dtype:
                     what = name if name in names else "gate"
                     raise ValueError(f"state {what} is {tensor.dtype}, the parameters are {dtype}: convert one of them")
-        return list(zip(*(found[name] for name in names), strict=True)), given or gate
+        return list(zip(*entries, strict=True)), given or gate
 
-    def pack(self, states: Sequence[State], gate: Gate) -> RecurrentState:
+    def pack(self, states: Sequence[State], gate: Gate) -> Any:
         """The public form of per-layer states and gate."""
-        names, gate_names = self.state_names
-        equal = isinstance(self.hidden_size, int)
-        entries: list[Any] = [torch.stack(layers) if equal else layers for layers in zip(*states, strict=True)]
-        carried = dict(zip((*names, *gate_names), (*entries, *gate), strict=True))
-        known = {name: carried.pop(name) for name in RecurrentState._fields if name in carried}
-        return RecurrentState(**known, others=carried or None)
+        layers = [list(entry) for entry in zip(*states, strict=True)]
+        if isinstance(self.hidden_size, int):
+            entries: list[Any] = [torch.stack(entry) for entry in layers]
+            entries[0] = attach(entries[0], gate)
+        else:
+            layers[0][-1] = attach(layers[0][-1], gate)
+            entries = [tuple(entry) for entry in layers]
+        return entries[0] if len(entries) == 1 else tuple(entries)
 
     @property
     def state_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -305,18 +296,6 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
-
-
-def _each(state, change):
-    """A state whose tensors are changed between one sequence and a batch of one; change is unsqueeze or squeeze."""
-    if isinstance(state, Tensor):
-        return change(state, -2)
-    if isinstance(state, dict):
-        return {name: _each(part, change) for name, part in state.items()}
-    if isinstance(state, RecurrentState):
-        q, s = (None if part is None else change(part, 0) for part in (state.update_prob, state.cum_update_prob))
-        return RecurrentState(_each(state.h, change), _each(state.c, change), q, s, _each(state.others, change))
-    return None if state is None else tuple(_each(part, change) for part in state)
 
 
 class _Named(Recurrent):
