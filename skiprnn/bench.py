@@ -57,7 +57,7 @@ def desynchronised(rnn: Recurrent, batch: int) -> Any:
     """An initial state whose rows update at different times."""
     assert isinstance(rnn.policy, Skip)
     q = torch.sigmoid(rnn.policy.bias.detach()).expand(batch, 1)
-    return rnn.pack([cell.initial_state(batch) for cell in rnn.cells], (q, torch.rand(batch, 1) / 2))
+    return rnn.pack([([cell.initial_state(batch) for cell in rnn.cells], (q, torch.rand(batch, 1) / 2))])
 
 
 def train(rnn: Any, x: Tensor, scattered: bool = False) -> None:

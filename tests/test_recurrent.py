@@ -310,15 +310,21 @@ def test_the_layout_is_torchs(network):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @every_depth
-def test_weights_from_torch_and_back(layers, bias, batch_first):
+def test_weights_from_torch_and_back(layers, bias, bidirectional, batch_first):
     torch.manual_seed(0)
-    theirs = nn.LSTM(I, H, layers, bias=bias, batch_first=batch_first)
-    ours = LSTM.from_torch(theirs)
+    dropout = 0.5 if layers > 1 else 0.0
+    theirs = nn.LSTM(
+        I, H, layers, bias=bias, batch_first=batch_first, dropout=dropout, bidirectional=bidirectional
+    ).eval()
+    ours = LSTM.from_torch(theirs).eval()
+    assert ours.dropout == ours.to_torch().dropout == dropout
+    assert ours.to_torch().bias == bias
     x = torch.randn(B, T, I)
     expected, (h, c) = theirs(x)
-    for output, (last_h, last_c) in (ours(x)[:2], ours.to_torch()(x)):
+    for output, (last_h, last_c) in (ours(x)[:2], ours.to_torch().eval()(x)):
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(last_h, h, rtol=0, atol=1e-6)
         torch.testing.assert_close(last_c, c, rtol=0, atol=1e-6)
@@ -341,9 +347,11 @@ def test_what_does_not_go_between_torch_and_ours_is_named():
         SkipGRU.from_torch(nn.GRU(I, H))
     with pytest.raises(ValueError, match=r"takes a torch.nn.LSTM; got GRU"):
         SkipLSTM.from_torch(nn.GRU(I, H))
-    for options in ({"bidirectional": True}, {"proj_size": 2}, {"dropout": 0.5}):
-        with pytest.raises(ValueError, match=f"SkipLSTM has no {next(iter(options))}"):
-            SkipLSTM.from_torch(nn.LSTM(I, H, 2, **options))
+    with pytest.raises(ValueError, match="SkipLSTM has no proj_size"):
+        SkipLSTM.from_torch(nn.LSTM(I, H, 2, proj_size=2))
+    for options in ({"bias": False}, {"bidirectional": True}):
+        with pytest.raises(ValueError, match="LSTM's: leave them out"):
+            SkipLSTM.from_torch(nn.LSTM(I, H), **options)
     with pytest.raises(ValueError, match="begins with zeros"):
         LSTM(I, H).to_torch()
     with pytest.raises(ValueError, match="one hidden size"):
@@ -517,6 +525,10 @@ def test_wrong_input_shapes_are_named(network, shape, batch_first):
 def test_what_is_no_tensor_is_named(network):
     with pytest.raises(ValueError, match="x must be a tensor or a PackedSequence; got list"):
         network(I, H)([[0.0] * I])
+    x = torch.zeros(T, B, I)
+    for state, found in (("abc", "str"), (5, "int"), (x.numpy(), "ndarray"), ([x.numpy()], "list"), (([1],), "tuple")):
+        with pytest.raises(ValueError, match=f"state must hold h.*; got {found}"):
+            network(I, H)(x, state)
 
 
 @some_networks
@@ -587,6 +599,9 @@ def test_gates_that_do_not_fit_are_refused():
         (("lstm", "always", 3.0, H), "sizes must be integers; got input_size=3.0"),
         (("lstm", "always", I, 5.0), "sizes must be integers.*hidden_size=5.0"),
         (("lstm", "always", I, [4, 5.0], 2), "sizes must be integers"),
+        (("lstm", "always", I, "5"), "sizes must be integers.*hidden_size='5'"),
+        (("lstm", "always", I, None), "sizes must be integers.*hidden_size=None"),
+        (("lstm", "always", I, torch.tensor(5)), "sizes must be integers.*hidden_size=tensor"),
     ],
 )
 def test_wrong_construction_is_named(arguments, message):
@@ -769,19 +784,22 @@ def gru_step(cell, x, state):
     return (z * h + (1 - z) * candidate,)
 
 
-def skip_alone(rnn: Recurrent, x: torch.Tensor):
-    """Skip RNN of one sequence x (T, I), from the papers' equations: outputs (T, H), updates (T,)."""
+def skip_alone(rnn: Recurrent, x: torch.Tensor, masks=()):
+    """Skip RNN of one sequence x (T, I), from the papers' equations: outputs (T, H), updates (T,).
+
+    masks: dropout's, (T, H) for each layer but the top.
+    """
     step = lstm_step if len(rnn.cells[0].state_names) == 2 else gru_step
     states = [tuple(part[0] for part in cell.initial_state(1)) for cell in rnn.cells]
     gate = torch.ones((), dtype=x.dtype)  # ũ, always updates first
     delta = torch.ones((), dtype=x.dtype)
     outputs, updates = [], []
-    for x_t in x:
+    for t, x_t in enumerate(x):
         u = binary(gate)
         below, mixed = x_t, []
-        for cell, previous in zip(rnn.cells, states, strict=True):
+        for layer, (cell, previous) in enumerate(zip(rnn.cells, states, strict=True)):
             candidate = step(cell, below, previous)
-            below = candidate[0]
+            below = candidate[0] * masks[layer][t] if layer < len(masks) else candidate[0]
             mixed.append(tuple(u * new + (1 - u) * old for new, old in zip(candidate, previous, strict=True)))
         top = candidate[-1]
         delta = u * torch.sigmoid((rnn.policy.weight * top).sum() + rnn.policy.bias) + (1 - u) * delta

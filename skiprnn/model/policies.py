@@ -326,6 +326,20 @@ class Selective(NeuronPolicy):
         return sum(c.weight_input.numel() + c.weight_state.numel() for c in self.coordinators)
 
 
+class Policies(nn.ModuleList):
+    """The policies of a network of several stacks, each with a gate of its own."""
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for policy in self:
+            policy.reset_parameters()  # type: ignore[operator]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell all that training epoch `epoch` begins."""
+        for policy in self:
+            policy.set_epoch(epoch)  # type: ignore[operator]
+
+
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (Always, RandomSteps, RandomNeurons, Skip, Selective)
 }

@@ -52,13 +52,13 @@ class Stream:
         if not 0 <= count <= self.unneeded:
             raise ValueError(f"can skip 0 to {self.unneeded} samples now; got {count}")
         if count:
-            states, _ = self.rnn.unpack(self.state, 1)
-            self.state = self.rnn.pack(states, self._look_ahead(count)[-1])
+            ((states, _),) = self.rnn.unpack(self.state, 1)
+            self.state = self.rnn.pack([(states, self._look_ahead(count)[-1])])
             self.unneeded = len(self._look_ahead(HORIZON))
 
     def _look_ahead(self, most: int) -> list[Gate]:
         """The gate after each coming skip, up to `most`; by repeated addition, as everywhere, for exact ties."""
-        _, gate = self.rnn.unpack(self.state, 1)
+        ((_, gate),) = self.rnn.unpack(self.state, 1)
         gates: list[Gate] = []
         while len(gates) < most:
             accumulated = self.rnn.policy.decide(gate, None)

@@ -321,6 +321,8 @@ def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], list[list[Te
         ]
         by_layer.append(run(parts, [_weights(call.policy, layer) for call in calls]))
         xs = [result.output for result in by_layer[-1]]
+        if layer < len(calls[0].masks):
+            xs = [x * call.masks[layer] for x, call in zip(xs, calls, strict=True)]
     return [
         Result(
             layers[-1].output,
