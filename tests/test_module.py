@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import entries
 from test_recurrent import (
+    NETWORKS,
     B,
     H,
     I,
