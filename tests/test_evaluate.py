@@ -62,7 +62,7 @@ def test_without_skipping_is_the_plain_network_with_the_same_weights(published):
     x = torch.rand(3, 64, 1)
     prediction, updates = evaluate.without_skipping(module.network)(x)
     assert torch.equal(updates, torch.ones(3, 64))
-    torch.testing.assert_close(prediction, module.network.readout(plain(x)[1].h[-1]))
+    torch.testing.assert_close(prediction, module.network.readout(plain(x)[1][-1]))
     assert module.network(x)[1].mean() < 0.5, "the network itself was changed"
 
 

@@ -18,9 +18,10 @@ from test_recurrent import (
     sequences,
     skip_alone,
 )
+from torch import nn
 from torch.nn import functional
 
-from skiprnn import LSTM, SAGRU, RandomSkipLSTM, SkipGRU, SkipLSTM
+from skiprnn import LSTM, SAGRU, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
 
 # two directions
 
@@ -223,3 +224,137 @@ def test_without_biases_nothing_is_added(network, engine):
     torch.testing.assert_close(rnn(x)[0], full(x)[0], rtol=1e-12, atol=1e-12)
     rnn.reset_parameters()
     assert not any(cell.total_bias.any() for cell in rnn.cells)
+
+
+# precision
+
+
+@every_network
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_under_autocast_the_recurrence_keeps_its_precision(network, low, engine):
+    """x and the output are rounded, as torch.nn.LSTM's are; what is added up over the steps is not."""
+    torch.manual_seed(0)
+    rnn, linear, x = lively(network(I, H, 2, engine=engine)), nn.Linear(I, I), torch.randn(T, B, I)
+    draw = rnn.policy.draw(x.transpose(0, 1), 2 * H)
+    rnn.policy.draw = lambda x, neurons: draw
+    with torch.autocast("cpu", low):
+        read = linear(x)
+        output, state, updates = rnn(read)
+        (output.float().square().mean() + (updates.mean() if updates.requires_grad else 0)).backward()
+        continued = rnn(read, tuple(part.to(low) for part in entries(state)[: 1 + is_lstm(network)]))[0]
+        assert rnn(x)[0].dtype == low
+    assert read.dtype == output.dtype == continued.dtype == low == torch_output(low).dtype
+    assert {part.dtype for part in (updates, *entries(state))} == {torch.float32}
+    expected, their_state, their_updates = rnn(read.float())
+    assert torch.equal(output, expected.to(low))
+    assert torch.equal(updates, their_updates)
+    assert all(torch.equal(*pair) for pair in zip(entries(state), entries(their_state), strict=True))
+    assert {parameter.grad.dtype for parameter in [*rnn.parameters(), *linear.parameters()]} == {torch.float32}
+    assert linear.weight.grad.isfinite().all()
+    assert linear.weight.grad.any()
+
+
+def torch_output(low: torch.dtype) -> torch.Tensor:
+    with torch.autocast("cpu", low):
+        return nn.LSTM(I, H)(torch.zeros(T, B, I, dtype=low))[0]
+
+
+def share_that_differs(rnn: Recurrent, low) -> float:
+    """The share of update decisions that differ from float32's, of 64 sequences of 200 steps."""
+    linear, x = nn.Linear(8, 8), torch.randn(200, 64, 8)
+    with torch.no_grad():
+        expected = rnn(linear(x))[2]
+        with torch.autocast("cpu", torch.bfloat16, enabled=low == "autocast"):
+            read = linear(x)
+            updates = rnn(read)[2] if low == "autocast" else rnn.bfloat16()(read.bfloat16())[2]
+    assert 0.1 < expected.mean() < 0.9
+    return (updates != expected).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("network", "autocast", "bfloat16"), [(SkipLSTM, 0.05, 0.15), (SkipGRU, 0.05, 0.15), (SAGRU, 2e-3, 0.03)]
+)
+def test_decisions_that_differ_in_low_precision_are_few(network, autocast, bfloat16):
+    """The shares that docs/module.md states."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        rnn = network(8, 64)
+        if network is not SAGRU:
+            with torch.no_grad():
+                rnn.policy.weight.mul_(3)
+                rnn.policy.bias.fill_(-2.0)
+        assert 0 < share_that_differs(rnn, "autocast") <= autocast
+        assert autocast < share_that_differs(rnn, "bfloat16") <= bfloat16
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("network", [SkipLSTM, SkipGRU])
+def test_the_gate_adds_up_in_float32(network, low, learning):
+    """Increments of 1/1024, which bfloat16 would lose from a quarter on, exceed a half after 513 steps."""
+    rnn = network(I, H, dtype=low)
+    with torch.no_grad():
+        rnn.policy.weight.zero_()
+    rnn.policy.after_update = lambda gate, top: (torch.full_like(gate[0], 1 / 1024), torch.zeros_like(gate[1]))
+    with torch.set_grad_enabled(learning):
+        output, state, updates = rnn(torch.zeros(1030, 1, I, dtype=low))
+    assert output.dtype == low
+    assert [part.dtype for part in entries(state)[-2:]] == [torch.float32] * 2
+    assert updates.dtype == torch.float32  # a sum of bfloat16 is right up to 256
+    assert updates[:, 0].nonzero().flatten().tolist() == [0, 513, 1026]
+
+
+@every_network
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_and_continues(network, dtype):
+    torch.manual_seed(0)
+    rnn = lively(network(I, H, 2)).to(dtype)
+    x = torch.randn(T, B, I, dtype=dtype)
+    draw = rnn.policy.draw(x.transpose(0, 1), 2 * H)
+    rnn.policy.draw = lambda x, neurons: None if draw is None else draw[:, : x.shape[1]].to(x.dtype)
+    output, state, _ = rnn(x)
+    assert output.dtype == entries(state)[0].dtype == dtype
+    output.float().square().mean().backward()
+    assert {parameter.grad.dtype for parameter in rnn.parameters() if parameter.grad is not None} == {dtype}
+    with torch.no_grad():
+        exact = rnn.float()(x.float())[0]
+    close = (output.float() - exact).abs() < 0.05
+    assert close.float().mean() > 0.6  # a decision that differs changes what follows
+    if draw is not None:
+        return
+    rnn = rnn.to(dtype)
+    first, middle, _ = rnn(x[:4])
+    assert torch.equal(torch.cat([first, rnn(x[4:], middle)[0]]), output)
+
+
+def test_lightnings_mixed_precision_trains():
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Model(lightning.LightningModule):
+        """Whether the first sample was positive, from the last state."""
+
+        def __init__(self):
+            super().__init__()
+            self.read, self.rnn, self.out = nn.Linear(1, 8), SkipLSTM(8, 16, batch_first=True), nn.Linear(16, 1)
+            self.losses: list[float] = []
+
+        def training_step(self, batch, _):
+            x, y = batch
+            _, (h, _), updates = self.rnn(self.read(x))
+            assert self.read(x).dtype == torch.bfloat16
+            loss = functional.binary_cross_entropy_with_logits(self.out(h[-1]).float().squeeze(1), y)
+            self.losses.append(loss.item())
+            return loss + 1e-3 * updates.sum(1).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-2)
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 6, 1)
+    model = Model()
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_epochs=8, precision="bf16-mixed", enable_model_summary=False, **options)
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, (x[:, 0, 0] > 0).float()), 32)
+    trainer.fit(model, batches)
+    assert sum(model.losses[-8:]) < 0.5 * sum(model.losses[:8])

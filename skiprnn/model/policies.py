@@ -67,7 +67,12 @@ def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> t
 
     What is not taken counts for nothing, whatever it is: 0 * nan is 0 here, in the gradient as well.
     """
-    return tuple(_Mix.apply(u, new, old) for new, old in zip(candidate, previous, strict=True))
+    return tuple(_Mix.apply(u.to(new.dtype), new, old) for new, old in zip(candidate, previous, strict=True))
+
+
+def accumulated_in(dtype: torch.dtype) -> torch.dtype:
+    """What sums over steps are kept in: float32 for half precision, whose 8 or 11 bits lose small increments."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Policy(nn.Module, ABC):
@@ -217,14 +222,17 @@ class Skip(StepPolicy):
         nn.init.constant_(self.bias, self.update_bias)
 
     def initial_gate(self, batch_size):
-        return self.weight.new_ones(batch_size, 1), self.weight.new_zeros(batch_size, 1)
+        dtype = accumulated_in(self.weight.dtype)
+        return self.weight.new_ones(batch_size, 1, dtype=dtype), self.weight.new_zeros(batch_size, 1, dtype=dtype)
 
     def decide(self, gate, draw):
         q, s = gate
         return s + torch.minimum(q, 1 - s)
 
     def after_update(self, gate, top):
-        q = torch.sigmoid(functional.linear(top, self.weight.unsqueeze(0), self.bias))
+        dtype = accumulated_in(top.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        q = torch.sigmoid(functional.linear(top.to(dtype), weight.unsqueeze(0), bias))
         return q, torch.zeros_like(q)
 
     def after_skip(self, gate, accumulated):

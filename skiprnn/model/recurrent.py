@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from skiprnn.model import engines, pretrained
 from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
 from skiprnn.model.engines.call import Call, Result
-from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy, make_policy
-from skiprnn.model.state import attach, each
+from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy, accumulated_in, make_policy
+from skiprnn.model.state import attach, converted, each
 from skiprnn.model.stream import Stream
 
 
@@ -192,7 +192,7 @@ class Recurrent(nn.Module):
 
         Args:
             x: (T, B, I), or (B, T, I) with batch_first; one sequence (T, I); a PackedSequence; the parameters' dtype
-                and device.
+                and device. Under autocast any precision up to float32, and the recurrence runs in the parameters'.
             state: where to continue, as in torch a pair (h, c) for LSTMs, h for GRUs, (L*D, B, H) each, (L*D, H) for
                 one sequence; for layers of unequal sizes tuples of (B, H). A returned h carries the policy's gate state
                 (see GatedState), with another h the gate starts anew; (h, c, *gate_state) gives it by hand. None: the
@@ -201,11 +201,12 @@ class Recurrent(nn.Module):
                 last valid output. None: all T.
 
         Returns:
-            output: the top layer's h, (T, B, D*H), laid out or packed as x.
+            output: the top layer's h, (T, B, D*H), laid out or packed as x; under autocast in its precision.
             state: after the last valid step, in the form of the argument.
             updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, L*D*H) for neuron policies
                 (all layers' neurons side by side), laid out or packed as x; differentiable (straight-through) where
-                the policy learns. Bidirectional step policies have (T, B, L*D), a gate each.
+                the policy learns. Bidirectional step policies have (T, B, L*D), a gate each. At
+                least float32, for its sums.
 
         Raises:
             ValueError: a shape or dtype that does not fit, or weights that a hook computes; the message names it.
@@ -220,6 +221,11 @@ class Recurrent(nn.Module):
             batch = 0 if self.batch_first else 1
             output, after, updates = self(x.unsqueeze(batch), each(state, Tensor.unsqueeze))
             return output.squeeze(batch), each(after, Tensor.squeeze), updates.squeeze(batch)
+        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+            low, dtype = torch.get_autocast_dtype(x.device.type), self.cells[0].weight_ih.dtype
+            with torch.autocast(x.device.type, enabled=False):  # a recurrence adds up what it rounds
+                output, after, updates = self(converted(x, dtype), converted(state, dtype), lengths)
+            return converted(output, low), after, updates
         x, lengths = self._read(x, lengths)
         parts = iter(self.unpack(state, len(x)))
         results: list[Result] = []
@@ -259,6 +265,7 @@ class Recurrent(nn.Module):
         if self.bidirectional:
             every = [result.updates for result in results]
             updates = torch.stack(every, 2) if updates.dim() == 2 else torch.cat(every, 2)
+        updates = updates.to(accumulated_in(updates.dtype))
         if not self.batch_first:
             output, updates = output.transpose(0, 1), updates.transpose(0, 1)
         return output, self.pack([(result.states, result.gate) for result in results]), updates
@@ -345,7 +352,7 @@ class Recurrent(nn.Module):
         if state is None:
             initial = [[cell.initial_state(batch_size) for cell in stack.cells] for stack in stacks]
             return list(zip(initial, gates, strict=True))
-        names, gate_names = self.state_names
+        names = self.cells[0].state_names
         parts: list[Any] = []
         if isinstance(state, Tensor):
             parts = [state]
@@ -371,11 +378,11 @@ class Recurrent(nn.Module):
             shapes = [tuple(part.shape) for part in given]
             raise ValueError(f"the state's gate must be {len(gate)} of {(batch_size, 1)}; got {shapes}")
         dtype = self.cells[0].weight_ih.dtype
-        for name, part in zip((*names, *gate_names), (*entries, *given), strict=False):
-            for tensor in part:
-                if tensor.dtype != dtype:
-                    what = name if name in names else "gate"
-                    raise ValueError(f"state {what} is {tensor.dtype}, the parameters are {dtype}: convert one of them")
+        for name, entry in zip(names, entries, strict=True):
+            for layer in entry:
+                if layer.dtype != dtype:
+                    raise ValueError(f"state {name} is {layer.dtype}, the parameters are {dtype}: convert one of them")
+        given = tuple(part.to(own.dtype) for part, own in zip(given, gate, strict=False))
         states: list[State] = list(zip(*entries, strict=True))
         if not self.bidirectional:
             return [(states, given or gate)]
@@ -393,13 +400,6 @@ class Recurrent(nn.Module):
             layers[0][-1] = attach(layers[0][-1], gate)
             entries = [tuple(entry) for entry in layers]
         return entries[0] if len(entries) == 1 else tuple(entries)
-
-    @property
-    def state_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Of the cells' state entries, and of all gates."""
-        policies = [stack.policy for block in self.blocks for stack in block]
-        gates = [policy.gate_names for policy in policies if isinstance(policy, StepPolicy)]
-        return self.cells[0].state_names, tuple(name for names in gates for name in names)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"

@@ -54,3 +54,10 @@ def each(state, change):
     if isinstance(state, Tensor):
         return attach(change(state, -2), tuple(change(part, 0) for part in getattr(state, "gate_state", ())))
     return None if state is None else tuple(each(part, change) for part in state)
+
+
+def converted(state, dtype: torch.dtype):
+    """A state whose tensors have another precision; autocast leaves float64 as it is."""
+    if isinstance(state, Tensor):
+        return state if not state.is_floating_point() or torch.float64 in (state.dtype, dtype) else state.to(dtype)
+    return tuple(converted(part, dtype) for part in state) if isinstance(state, list | tuple) else state
