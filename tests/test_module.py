@@ -1,5 +1,8 @@
 """Arguments of torch.nn.LSTM that change what is computed: directions, dropout, biases; and precision."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import entries
@@ -20,8 +23,11 @@ from test_recurrent import (
 )
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from skiprnn import LSTM, SAGRU, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # two directions
 
@@ -193,7 +199,7 @@ def test_a_shared_gate_with_dropout_takes_the_reference_engine():
         rnn(x.transpose(0, 1))
 
 
-def test_dropout_that_is_none_is_named():
+def test_arguments_out_of_range_are_named():
     with pytest.warns(UserWarning, match="dropout acts between layers: with num_layers=1"):
         SkipLSTM(I, H, dropout=0.5)
     for wrong in (1.5, -0.1, True, "0.5", None):
@@ -358,3 +364,143 @@ def test_lightnings_mixed_precision_trains():
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, (x[:, 0, 0] > 0).float()), 32)
     trainer.fit(model, batches)
     assert sum(model.losses[-8:]) < 0.5 * sum(model.losses[:8])
+
+
+# the rest of torch.nn.LSTM's behaviour, for every class
+
+
+@every_network
+@every_depth
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_shapes_are_torchs(network, layers, bidirectional, batch_first):
+    """Of outputs and states: a batch, an empty one, one sequence, packed sequences."""
+    options = {"bidirectional": bidirectional, "batch_first": batch_first}
+    rnn = network(I, H, layers, **options)
+    theirs = (nn.LSTM if is_lstm(network) else nn.GRU)(I, H, layers, **options)
+    shape = (B, T, I) if batch_first else (T, B, I)
+    inputs = [torch.randn(shape), torch.randn(T, I)]
+    inputs.append(pack_padded_sequence(inputs[0], [4, T, 1, 4], batch_first, enforce_sorted=False))
+    inputs.append(torch.randn(0, T, I) if batch_first else torch.randn(T, 0, I))
+    for x in inputs:
+        output, state, updates = rnn(x)
+        expected, their_state = theirs(x)
+        if isinstance(x, PackedSequence):
+            assert output.batch_sizes.equal(expected.batch_sizes)
+            assert updates.unsorted_indices.equal(expected.unsorted_indices)
+            output, updates, expected = output.data, updates.data, expected.data
+        assert output.shape == expected.shape
+        assert updates.shape[: expected.dim() - 1] == expected.shape[:-1]
+        assert isinstance(state, tuple) == isinstance(their_state, tuple)
+        pairs = zip(state, their_state, strict=True) if is_lstm(network) else [(state, their_state)]
+        assert [mine.shape for mine, _ in pairs] == [part.shape for part in entries(their_state)]
+
+
+def test_attributes_are_torchs():
+    for options in ({}, {"bias": False, "batch_first": True, "dropout": 0.2, "bidirectional": True}):
+        ours, theirs = SkipLSTM(I, H, 2, **options), nn.LSTM(I, H, 2, **options)
+        for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        assert all(name in repr(ours) for name in options)
+
+
+@every_network
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_without_a_learned_initial_state_it_is_zero(network, bidirectional):
+    rnn = make(network, 2, learn_initial_state=False, bidirectional=bidirectional)
+    x = sequences()
+    zeros = torch.zeros(2 * (1 + bidirectional), B, H, dtype=x.dtype)
+    torch.manual_seed(3)
+    expected = rnn(x)[0]
+    torch.manual_seed(3)
+    assert torch.equal(rnn(x, (zeros, zeros) if is_lstm(network) else zeros)[0], expected)
+
+
+@every_network
+def test_what_is_given_stays_as_it_is_and_gets_its_gradient(network):
+    rnn = make(network, 2)
+    x = sequences().requires_grad_()
+    state = [torch.randn(2, B, H, dtype=x.dtype, requires_grad=True) for _ in range(1 + is_lstm(network))]
+    kept = [part.detach().clone() for part in (x, *state)]
+    output, after, _ = rnn(x, state, lengths=[T, 3, 1, 5])
+    (output.sum() + entries(after)[0].sum()).backward()
+    for given, before in zip((x, *state), kept, strict=True):
+        assert torch.equal(given, before)
+        assert given.grad.abs().max() > 0
+
+
+@every_network
+def test_training_and_evaluation_compute_the_same(network):
+    """As torch.nn.LSTM without dropout; random policies draw in both."""
+    rnn, x = make(network, 2), sequences()
+    results = []
+    for mode in (True, False):
+        torch.manual_seed(1)
+        results.append(rnn.train(mode)(x)[0])
+    assert torch.equal(*results)
+
+
+@every_network
+def test_strided_input_is_taken(network):
+    rnn = make(network)
+    x = torch.randn(T, B, 2 * I, dtype=torch.float64)[..., ::2]
+    results = []
+    for one in (x, x.contiguous()):
+        torch.manual_seed(1)
+        results.append(rnn(one.transpose(0, 1))[0])
+    assert torch.equal(*results)
+
+
+def test_a_state_of_another_batch_direction_or_depth_is_named():
+    for layers, bidirectional, shape in ((1, False, (1, B + 1, H)), (1, True, (1, B, H)), (2, True, (2, B, H))):
+        with pytest.raises(ValueError, match="state h must be"):
+            SkipGRU(I, H, layers, bidirectional=bidirectional)(torch.zeros(T, B, I), torch.zeros(shape))
+
+
+def test_types_tell_what_comes_back(tmp_path):
+    """A type checker knows (h, c) from h, packed from padded, and the options' names."""
+    api = pytest.importorskip("mypy.api")
+    file = tmp_path / "use.py"
+    file.write_text(TYPED)
+    printed, _, _ = api.run([str(file), "--config-file", str(ROOT / "pyproject.toml")])
+    found = [re.sub(r".*: (note|error): ", "", line).replace("torch._tensor.", "") for line in printed.splitlines()]
+    assert [line for line in found if "Revealed" in line] == ['Revealed type is "Tensor"'] * 4
+    assert sum("error: " in line for line in printed.splitlines()) == 2
+    assert any(line.startswith("No overload variant") for line in found)
+    assert any("dropuot" in line for line in found)
+    assert (ROOT / "skiprnn" / "py.typed").exists()
+
+
+TYPED = """
+import torch
+from torch.nn.utils.rnn import pack_sequence
+from skiprnn import SkipGRU, SkipLSTM
+
+x = torch.zeros(3, 2, 1)
+output, (h, c), updates = SkipLSTM(1, 4)(x)
+packed, last, packed_updates = SkipGRU(1, 4)(pack_sequence([x[:, 0]]))
+reveal_type(c)
+reveal_type(packed.data)
+reveal_type(last)
+reveal_type(updates)
+SkipLSTM(1, 4)(x, 5)
+SkipLSTM(1, 4, dropuot=0.5)
+"""
+
+
+PAGE = (ROOT / "docs" / "module.md").read_text()
+
+
+def test_every_line_of_the_page_has_its_test():
+    rows = [line.split("|") for line in PAGE.splitlines() if line.startswith("|")][2:]
+    tests = {name for file in ROOT.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert len(rows) > 25
+    for row in rows:
+        shown = re.findall(r"`(test_\w+)`", row[-2])
+        assert shown, row[1]
+        assert set(shown) <= tests, row[1]
+
+
+def test_the_code_of_the_page_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(block, "docs/module.md", "exec"), {})

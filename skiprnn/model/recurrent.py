@@ -7,7 +7,7 @@ output, (h, c), updates = rnn(x, state=None, lengths=None)  # output, h, updates
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -489,7 +489,49 @@ def _gate_rows(given: Sequence[str], wanted: Sequence[str], hidden_size: int) ->
     return torch.cat([torch.arange(hidden_size) + given.index(gate) * hidden_size for gate in wanted])
 
 
-class LSTM(_Named):
+class _OfLSTM(_Named):
+    """What type checkers are told of LSTMs, whose state is (h, c); of unequal layers its entries are tuples."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            state: Sequence[Tensor] | None = None,
+            lengths: Tensor | Sequence[int] | None = None,
+        ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
+
+        @overload
+        def __call__(
+            self, x: PackedSequence, state: Sequence[Tensor] | None = None
+        ) -> tuple[PackedSequence, tuple[Tensor, Tensor], PackedSequence]: ...
+
+        def __call__(self, x, state=None, lengths=None): ...
+
+
+class _OfGRU(_Named):
+    """What type checkers are told of GRUs, whose state is h; of unequal layers a tuple."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            state: Tensor | Sequence[Tensor] | None = None,
+            lengths: Tensor | Sequence[int] | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, x: PackedSequence, state: Tensor | Sequence[Tensor] | None = None
+        ) -> tuple[PackedSequence, Tensor, PackedSequence]: ...
+
+        def __call__(self, x, state=None, lengths=None): ...
+
+
+class LSTM(_OfLSTM):
     """LSTM that updates at every step: the papers' baseline."""
 
     cell_and_policy = "lstm", "always"
@@ -520,43 +562,43 @@ class LSTM(_Named):
         return lstm
 
 
-class GRU(_Named):
+class GRU(_OfGRU):
     """GRU that updates at every step: the papers' baseline, another function than torch.nn.GRU (see GRUCell)."""
 
     cell_and_policy = "gru", "always"
 
 
-class RandomSkipLSTM(_Named):
+class RandomSkipLSTM(_OfLSTM):
     """LSTM that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
 
     cell_and_policy = "lstm", "random_steps"
 
 
-class RandomSkipGRU(_Named):
+class RandomSkipGRU(_OfGRU):
     """GRU that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
 
     cell_and_policy = "gru", "random_steps"
 
 
-class SkipLSTM(_Named):
+class SkipLSTM(_OfLSTM):
     """Skip LSTM ([SKIP]): learns which steps to skip."""
 
     cell_and_policy = "lstm", "skip"
 
 
-class SkipGRU(_Named):
+class SkipGRU(_OfGRU):
     """Skip GRU ([SKIP]): learns which steps to skip."""
 
     cell_and_policy = "gru", "skip"
 
 
-class SALSTM(_Named):
+class SALSTM(_OfLSTM):
     """SA-RNN ([SA]) with an LSTM cell: learns which neurons to update at each step."""
 
     cell_and_policy = "lstm", "selective"
 
 
-class SAGRU(_Named):
+class SAGRU(_OfGRU):
     """SA-RNN ([SA]) with a GRU cell, as published: learns which neurons to update at each step."""
 
     cell_and_policy = "gru", "selective"

@@ -289,8 +289,9 @@ def problem_of(engine: str, call: Call, policy_weights: list[Tensor]) -> Problem
 def result_of(call: Call, outputs: Outputs) -> Result:
     """The operator's outputs as a call's result."""
     batch, entries = call.x.shape[0], len(call.states[0])
-    sizes = [batch * cell.hidden_size for cell in call.cells for _ in range(entries)]
-    parts = [part.view(batch, -1) if batch else part.view(0, 1) for part in outputs.final.split(sizes)]
+    sizes = [cell.hidden_size for cell in call.cells for _ in range(entries)]
+    flat = outputs.final.split([batch * size for size in sizes])
+    parts = [part.view(batch, size) for part, size in zip(flat, sizes, strict=True)]
     states = [tuple(parts[start : start + entries]) for start in range(0, len(parts), entries)]
     gate = tuple(part.unsqueeze(1) for part in outputs.final_gate) if call.gate else call.gate
     updates = outputs.updates if call.policy.learned else outputs.updates.detach()
