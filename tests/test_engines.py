@@ -538,7 +538,7 @@ def test_stream_equals_batch_and_reads_only_what_it_needs(kind, q, dtype, engine
         stream.skip(stream.unneeded + 1)
 
 
-def test_stream_ignores_unneeded_samples_and_other_policies():
+def test_stream_ignores_unneeded_samples():
     rnn = SkipLSTM(1, 4, batch_first=True)
     with torch.no_grad():
         rnn.policy.weight.zero_()
@@ -549,5 +549,3 @@ def test_stream_ignores_unneeded_samples_and_other_policies():
     second = stream.push(torch.full((1,), 9.0))
     assert second.unneeded == first.unneeded - 1
     assert torch.equal(second.output, first.output)
-    with pytest.raises(ValueError, match="policy"):
-        Recurrent("lstm", "selective", 1, 4).stream()

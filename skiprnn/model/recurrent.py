@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from skiprnn.model import engines, pretrained
+from skiprnn.model import engines, onnx, pretrained
 from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
 from skiprnn.model.engines.call import Call, Result
 from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy, accumulated_in, make_policy
@@ -297,11 +297,23 @@ class Recurrent(nn.Module):
             updates = updates.masked_fill(~_valid(updates, call.lengths), 0)
         return result._replace(output=_reversed(result.output, call.lengths), updates=updates.view_as(result.updates))
 
-    def stream(self, state: Any = None) -> Stream:
-        """Run one sequence sample by sample, from `state` (batch 1) on; tells which coming samples need not be read."""
+    def stream(self, state: Any = None, batch_size: int | None = None) -> Stream:
+        """Run endless sequences sample by sample; tells which coming samples need not be read.
+
+        Args:
+            state: where to continue, as forward's of batch 1 or batch_size, or what Stream.to_bytes gave.
+            batch_size: B streams, each in its own time; None: one, whose samples and outputs have no batch dimension.
+
+        Raises:
+            ValueError: a state that does not fit; bytes that are damaged, or of another network; two directions.
+        """
         if self.bidirectional:
             raise ValueError("a stream goes forwards: what reads a sequence in both directions needs it whole")
-        return Stream(self, state)
+        return Stream(self, state, batch_size)
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write the network to an ONNX file, see skiprnn.model.onnx.export."""
+        onnx.export(self, path)
 
     def engine_for(self, x: Tensor) -> str:
         """The engine that runs an input like x, (B, T, I): what "auto" stands for."""
