@@ -35,6 +35,10 @@ class _StraightThroughRound(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient
 
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
 
 def straight_through_round(x: Tensor) -> Tensor:
     """1 above 0.5, else 0, so that 0.5 is no update (round half to even); nan stays nan; du/dx = 1.
@@ -54,12 +58,23 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         u, new, old = ctx.saved_tensors
         of_u = (gradient * (new - old)).sum_to_size(u.shape) if ctx.needs_input_grad[0] else None
-        return of_u, torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+        if not torch.is_grad_enabled():
+            return of_u, torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+        nothing = torch.zeros_like(gradient)  # the same, whose own derivative in u is not 0
+        return of_u, _Mix.apply(u, gradient, nothing), _Mix.apply(u, nothing, gradient)
+
+    @staticmethod
+    def jvp(ctx, of_u: Tensor | None, of_new: Tensor | None, of_old: Tensor | None) -> Tensor:
+        u, new, old = ctx.saved_tensors
+        new_part, old_part = (torch.zeros_like(new) if part is None else part for part in (of_new, of_old))
+        kept = _Mix.apply(u, new_part, old_part)
+        return kept if of_u is None else kept + of_u * (new - old)
 
 
 def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -207,7 +222,7 @@ class Skip(StepPolicy):
     def __init__(self, hidden_size: int, update_bias: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))  # w_p
-        self.bias = nn.Parameter(torch.empty(()))  # b_p
+        self.bias = nn.Parameter(torch.empty(1))  # b_p; FSDP takes no scalars
         self.update_bias = update_bias
         self.reset_parameters()
 
@@ -220,6 +235,12 @@ class Skip(StepPolicy):
         limit = (6 / (self.weight.numel() + 1)) ** 0.5
         nn.init.uniform_(self.weight, -limit, limit)
         nn.init.constant_(self.bias, self.update_bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        name = f"{prefix}bias"
+        if name in state_dict and not state_dict[name].dim():  # as checkpoints had it that are older
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def initial_gate(self, batch_size):
         dtype = accumulated_in(self.weight.dtype)

@@ -21,6 +21,8 @@ from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy,
 from skiprnn.model.state import attach, converted, each
 from skiprnn.model.stream import Stream
 
+NO_JIT = "torch.jit cannot hold this network: use torch.export.export(rnn, (x,)), or rnn.to_onnx(file)"
+
 
 class Options(TypedDict, total=False):
     """Keyword arguments of Recurrent."""
@@ -315,6 +317,9 @@ class Recurrent(nn.Module):
         """Write the network to an ONNX file, see skiprnn.model.onnx.export."""
         onnx.export(self, path)
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError(NO_JIT)  # torch.jit.script asks
+
     def engine_for(self, x: Tensor) -> str:
         """The engine that runs an input like x, (B, T, I): what "auto" stands for."""
         stack = self.blocks[0][0]
@@ -325,6 +330,8 @@ class Recurrent(nn.Module):
         """x as (B, T, I) and the lengths, checked."""
         if not isinstance(x, Tensor):
             raise ValueError(f"x must be a tensor or a PackedSequence; got {type(x).__name__}")
+        if torch.jit.is_tracing():
+            raise RuntimeError(NO_JIT)
         if lengths is not None and not isinstance(lengths, Tensor):
             try:
                 lengths = torch.tensor(lengths)
@@ -345,6 +352,11 @@ class Recurrent(nn.Module):
                 raise ValueError(
                     f"a hook computes weights of {type(part).__name__}, and engines call no hooks: make them permanent "
                     "(torch.nn.utils.prune.remove) or use torch.nn.utils.parametrize"
+                )
+            if any(hasattr(value, "device_mesh") for value in part._parameters.values()):  # a DTensor
+                raise ValueError(
+                    f"the weights of {type(part).__name__} are sharded: give fully_shard the whole network, whose "
+                    "forward gathers them, and no part of it"
                 )
         if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
             x = x.masked_fill(~_valid(x, lengths), 0)

@@ -49,6 +49,7 @@ class Stream:
             batch_size, state = found, None
         self.rnn, self.batch_size = rnn, batch_size
         count = 1 if batch_size is None else batch_size
+        self._read(self._unread(count))  # finds what no stream can have, as sharded weights
         ((states, gate),) = rnn.unpack(state, count)
         self._states = [tuple(entry.detach().clone() for entry in entries) for entries in states]
         self._gate = tuple(part.detach().clone() for part in gate)
@@ -91,7 +92,7 @@ class Stream:
             wanted = (self.rnn.input_size,) if self.batch_size is None else (len(rows), self.rnn.input_size)
             shape = tuple(x.shape[1:] if self.batch_size is None else x.shape)
             raise ValueError(f"a stream's samples must be {wanted}; got {shape}")
-        x, _ = self.rnn._read(x.unsqueeze(1 if self.rnn.batch_first else 0), None)
+        x = self._read(x.unsqueeze(1))
         update = self._skips[rows] == 0
         if not update.all():
             self._pass(rows[~update], torch.ones(int((~update).sum()), dtype=torch.int64))
@@ -164,6 +165,15 @@ class Stream:
             raise ValueError(f"which must be streams 0 to {self.batch_size - 1}; got {which}")
         return rows
 
+    def _read(self, x: Tensor) -> Tensor:
+        """(N, 1, I), checked."""
+        return self.rnn._read(x if self.rnn.batch_first else x.transpose(0, 1), None)[0]
+
+    def _unread(self, count: int) -> Tensor:
+        """(count, 1, I): samples that nobody looks at."""
+        weight = self.rnn.cells[0].weight_ih
+        return torch.empty(count, 1, self.rnn.input_size, dtype=weight.dtype, device=weight.device)
+
     def _update(self, rows: Tensor, x: Tensor) -> None:
         """A step of streams that need it."""
         rnn = self.rnn
@@ -202,7 +212,7 @@ class Stream:
         if not isinstance(policy, StepPolicy):
             return
         gate = tuple(part[rows] for part in self._gate)
-        unread = self.rnn.cells[0].weight_ih.new_empty(len(rows), 1, self.rnn.input_size)
+        unread = self._unread(len(rows))
         skips, going = torch.zeros(len(rows), dtype=torch.int64), torch.ones(len(rows), dtype=torch.bool)
         for _ in range(HORIZON):
             accumulated = policy.decide(gate, policy.draw(unread, 0))
