@@ -229,7 +229,7 @@ class Recurrent(nn.Module):
                 output, after, updates = self(converted(x, dtype), converted(state, dtype), lengths)
             return converted(output, low), after, updates
         x, lengths = self._read(x, lengths)
-        parts = iter(self.unpack(state, len(x)))
+        parts = iter(self.unpack(state, x.shape[0]))  # len(x) would fix what torch.export leaves open
         results: list[Result] = []
         for block in self.blocks:
             if results:
@@ -312,6 +312,18 @@ class Recurrent(nn.Module):
         if self.bidirectional:
             raise ValueError("a stream goes forwards: what reads a sequence in both directions needs it whole")
         return Stream(self, state, batch_size)
+
+    @torch.no_grad()
+    def round_weights(self) -> Self:
+        """Round the matrices of the cells, and of SA-RNN's coordinators, to bfloat16, for inference; their dtype stays.
+
+        One sequence at a time is bound by reading them: the native engine then reads half as much, and sums in float32
+        as before. What is rounded stays so. Returns the network.
+        """
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.bfloat16())
+        return self
 
     def to_onnx(self, path: str | Path) -> None:
         """Write the network to an ONNX file, see skiprnn.model.onnx.export."""

@@ -136,17 +136,16 @@ class Stream:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that changes, by name."""
-        names, gate_names = self.rnn.state_names
+        policy, names = self.rnn.policy, self.rnn.cells[0].state_names
         states = {
             f"{name} of layer {layer}": entry
             for layer, entries in enumerate(self._states)
             for name, entry in zip(names, entries, strict=True)
         }
-        policy = self.rnn.policy.name
         return states | {
-            **dict(zip(gate_names, self._gate, strict=True)),
-            f"skips of {policy}": self._skips,
-            f"due of {policy}": self._due,
+            **dict(zip(getattr(policy, "gate_names", ()), self._gate, strict=True)),
+            f"skips of {policy.name}": self._skips,
+            f"due of {policy.name}": self._due,
         }
 
     def _of(self, tensor: Tensor):
