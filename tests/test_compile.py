@@ -1,8 +1,11 @@
 """torch.compile, torch.export, torch.func and torch.jit, as a user of nn.LSTM would call them."""
 
 import io
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +134,17 @@ def test_an_exported_program_continues_with_the_gate_as_its_input_and_output():
     second = program(x[:, 9:], *first[2:])
     torch.testing.assert_close(torch.cat([first[0], second[0]], 1), output)
     assert torch.equal(torch.cat([first[1], second[1]], 1), updates)
+
+
+@requires_native
+def test_the_docs_on_deploying_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "deploying.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "to_onnx" not in block or find_spec("onnx"):
+            exec(compile(block, "docs/deploying.md", "exec"), names)
+    assert names["output"].shape == (120, 1, 64)
 
 
 def test_torch_jit_is_told_where_to_go():

@@ -20,6 +20,7 @@ from skiprnn.model.engines.native import operator as native
 from skiprnn.model.policies import POLICIES
 
 requires_native = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+VARIANTS = list(build.VARIANTS)[list(build.VARIANTS).index(build.best_variant()) :] if build.available() else []
 
 
 def network(cell, policy, inputs, hidden, layers, engine, seed=0, bias=0.0, slope_epoch=0, **options):
@@ -234,12 +235,7 @@ def test_layers_of_unequal_size(cell):
 
 
 @requires_native
-@pytest.mark.parametrize(
-    "variant",
-    [v for i, v in enumerate(build.VARIANTS) if i >= list(build.VARIANTS).index(build.best_variant())]
-    if build.available()
-    else [],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("policy", ["skip", "selective"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_every_variant_in_float32_and_float64(cell, policy, variant, monkeypatch):
@@ -253,6 +249,31 @@ def test_every_variant_in_float32_and_float64(cell, policy, variant, monkeypatch
             assert_equal(actual, expected, tolerance)
         else:
             assert dtype == torch.float32
+
+
+@requires_native
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("policy", ["always", "skip", "selective"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_bfloat16_weights(cell, policy, variant, monkeypatch):
+    """One sequence, whose weights are then read in halves; of two they are not, and the sums are the same."""
+    library = build.load(variant)
+    monkeypatch.setattr(build, "load", lambda: library)
+    for hidden in (5, 16, 37, 70):  # panels of one vector, of two, and some side by side
+        rnn = network(cell, policy, 3, hidden, 2, "native", bias=-1.0)
+        exact, reference = rnn.cells[1].weight_hh.clone(), network(cell, policy, 3, hidden, 2, "reference")
+        assert rnn.round_weights() is rnn
+        reference.load_state_dict(rnn.state_dict())
+        assert torch.equal(rnn.cells[1].weight_hh, exact.bfloat16().float())
+        assert not torch.equal(rnn.cells[1].weight_hh, exact)
+        x = torch.randn(1, 12, 3)
+        with torch.no_grad():
+            (one, _, updates), (two, _, _), (expected, _, theirs) = rnn(x), rnn(x.expand(2, -1, -1)), reference(x)
+        assert torch.equal(one[0], two[0])
+        if torch.equal(updates, theirs):  # rounding may tip a decision
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert policy != "always"
 
 
 @requires_native

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skiprnn import LSTM, SALSTM, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
+from skiprnn import LSTM, SALSTM, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM, bench
 from skiprnn.model.policies import Skip
 
 needs_onnx = pytest.mark.skipif(
@@ -126,3 +126,16 @@ def test_without_onnx_it_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"pip install 'skiprnn\[onnx\]'"):
         LSTM(3, 5).to_onnx(tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_the_bench_compares_with_the_runtimes_own_operator(kind):
+    """Of torch's weights, so that both compute the same."""
+    module = kind(3, 5, 2)
+    x = torch.randn(7, 2, 3)
+    torch.testing.assert_close(bench.onnx_runtime(bench.onnx_model(module))(x), module(x)[0].detach())
+    functions = bench.candidates(kind.__name__.lower(), (1, 6, 1, 4, 1), bench.infer, False)
+    assert {"ONNX Runtime", "skip 10 %, ONNX Runtime", "skip 10 %, bfloat16"} <= functions.keys()
+    for function in functions.values():
+        function()

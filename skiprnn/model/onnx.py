@@ -61,7 +61,7 @@ class _Nodes:
     def __init__(self, onnx, numbers):
         self.onnx, self.numbers, self.nodes = onnx, numbers, []
 
-    def __call__(self, operator: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> Any:
+    def __call__(self, operator: str, *inputs: str, outputs: Any = (), **attributes: Any) -> Any:
         names = list(outputs) or [f"{operator}.{next(self.numbers)}"]
         self.nodes.append(self.onnx.helper.make_node(operator, list(inputs), names, **attributes))
         return names[0]

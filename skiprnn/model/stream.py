@@ -41,7 +41,7 @@ class Stream:
     """
 
     def __init__(self, rnn, state=None, batch_size: int | None = None):
-        saved, tensors = isinstance(state, bytes), {}
+        saved = isinstance(state, bytes)
         if saved:
             found, tensors = _parse(state)
             if batch_size not in (None, found):
