@@ -19,6 +19,7 @@ from hydra.utils import get_class
 from torch import Tensor
 
 from skiprnn.model import pretrained
+from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.model.pretrained import FILE, LAST
 from skiprnn.model.recurrent import CLASSES, Recurrent
@@ -64,10 +65,10 @@ The whole record is in the file's metadata, under `{key}`.
 from skiprnn import {kind}
 
 rnn = {kind}.from_pretrained("{file}", batch_first=True)  # the recurrent network alone
-output, state, updates = rnn(x)  # x (batch, steps, {input_size}) float32
+output, {state}, updates = rnn(x)  # x (batch, steps, {input_size}) float32
 ```
 
-The prediction is `readout.weight @ state.h[-1] + readout.bias`, with the tensors of those names in the file{embedding}.
+The prediction is `readout.weight @ h[-1] + readout.bias`, with the tensors of those names in the file{embedding}.
 `python -m skiprnn.evaluate checkpoint={file}` measures the whole network on the test set.
 
 ## Limits
@@ -119,6 +120,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         key=pretrained.KEY,
         file=FILE,
         input_size=tensors["rnn.layers.0.weight_ih"].shape[1],
+        state="(h, c)" if len(CELLS[model["cell"]].state_names) > 1 else "h",
         embedding=embedding if "embedding.weight" in tensors else "",
     )
 

@@ -279,8 +279,11 @@ def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModul
     try:
         (state,) = checkpoint["optimizer_states"]
         module.adam.load_state_dict(state)
+        for parameter, moments in module.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # of Skip's bias, a scalar in older checkpoints
+                moments[name] = moments[name].reshape(parameter.shape)
         keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
 
 
