@@ -35,6 +35,8 @@ class _StraightThroughRound(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient
 
+
+class _StraightThroughRoundForwards(_StraightThroughRound):  # torch.compile sees through no custom jvp
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
         return tangent.clone()
@@ -45,7 +47,7 @@ def straight_through_round(x: Tensor) -> Tensor:
 
     ([SKIP] section 3.1; _binary_round in the authors' code.)
     """
-    return _StraightThroughRound.apply(x)
+    return (_StraightThroughRound if torch.compiler.is_compiling() else _StraightThroughRoundForwards).apply(x)
 
 
 class _Mix(torch.autograd.Function):
@@ -69,11 +71,13 @@ class _Mix(torch.autograd.Function):
         nothing = torch.zeros_like(gradient)  # the same, whose own derivative in u is not 0
         return of_u, _Mix.apply(u, gradient, nothing), _Mix.apply(u, nothing, gradient)
 
+
+class _MixForwards(_Mix):
     @staticmethod
     def jvp(ctx, of_u: Tensor | None, of_new: Tensor | None, of_old: Tensor | None) -> Tensor:
         u, new, old = ctx.saved_tensors
         new_part, old_part = (torch.zeros_like(new) if part is None else part for part in (of_new, of_old))
-        kept = _Mix.apply(u, new_part, old_part)
+        kept = _MixForwards.apply(u, new_part, old_part)
         return kept if of_u is None else kept + of_u * (new - old)
 
 
@@ -82,7 +86,8 @@ def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> t
 
     What is not taken counts for nothing, whatever it is: 0 * nan is 0 here, in the gradient as well.
     """
-    return tuple(_Mix.apply(u.to(new.dtype), new, old) for new, old in zip(candidate, previous, strict=True))
+    kind = _Mix if torch.compiler.is_compiling() else _MixForwards
+    return tuple(kind.apply(u.to(new.dtype), new, old) for new, old in zip(candidate, previous, strict=True))
 
 
 def accumulated_in(dtype: torch.dtype) -> torch.dtype:
