@@ -280,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder for bench.json and the plot")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
     if given.child:
         done = {"bytes": peak_memory(given.memory)} if given.memory else measure(given)

@@ -101,12 +101,13 @@ class Row:
         """The run with the best validation score.
 
         Raises:
-            ConfigError: its checkpoint is not here; another run's would not show what the row can do.
+            ConfigError: its checkpoint is not here, or is not its; another run's would not show what the row can do.
         """
         scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
         run = self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
         if not run.best.exists():
             raise ConfigError(f"{run.path}: the record is here, the checkpoint is not")
+        run.checkpoint(run.best)
         return run
 
 

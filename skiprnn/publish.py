@@ -134,13 +134,19 @@ def export(run: RunFolder, folder: Path) -> Path:
     """Write a complete run's weights and model card below folder/checkpoints; returns the path of the best weights."""
     record = run.record()
     target = folder / "checkpoints" / record["name"] / FILE
+    contents = {}
+    try:
+        files = {LAST: run.last} if record["final"]["epoch"] != record["best"]["epoch"] and run.last.exists() else {}
+        for name, checkpoint in (files | {FILE: run.best}).items():
+            weights = run.checkpoint(checkpoint)["state_dict"]
+            tensors = {key.removeprefix("network."): tensor for key, tensor in weights.items()}
+            contents[name] = pretrained.serialise(record, tensors)
+        contents["README.md"] = card(record, tensors).encode()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{run.record_file} is damaged ({error!r}); delete it, and train the run again") from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    files = {LAST: run.last} if record["final"]["epoch"] != record["best"]["epoch"] and run.last.exists() else {}
-    for name, checkpoint in (files | {FILE: run.best}).items():
-        weights = run.checkpoint(checkpoint)["state_dict"]
-        tensors = {key.removeprefix("network."): tensor for key, tensor in weights.items()}
-        write_atomically(target.with_name(name), pretrained.serialise(record, tensors))
-    write_atomically(target.with_name("README.md"), card(record, tensors).encode())
+    for name, content in contents.items():
+        write_atomically(target.with_name(name), content)
     return target
 
 

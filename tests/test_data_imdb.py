@@ -211,6 +211,7 @@ def test_embeddings_without_vectors_are_uniform_and_of_the_seed(root):
     ("content", "complaint"),
     [
         ("1 2\nfilm 1 2\n", "holds vectors of width 2; the embedding's is 3"),
+        ("1 3\nfilm 1 nan 2\n", "holds vectors that are nan or infinite"),
         ("1 3\nfilm 1 2\n", "cannot read the word2vec file"),
         ("2 3\nfilm 1 2 3\n", "cannot read the word2vec file"),
         ("no header\n", "cannot read the word2vec file"),

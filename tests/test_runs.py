@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, command, compose, trained
 
+from skiprnn import figures
 from skiprnn.training import config, job, provenance
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
@@ -455,6 +456,15 @@ def test_a_best_checkpoint_is_none_to_go_on_from(complete):
     folder.last.write_bytes(folder.best.read_bytes())
     with pytest.raises(ConfigError, match=r"last.ckpt holds weights alone, like best.ckpt; delete it to begin anew"):
         trained(folder.run)
+
+
+def test_a_figure_is_drawn_of_the_run_s_own_checkpoint(complete):
+    folder, others = complete
+    row = figures.Row(1, [folder], [folder.record()])
+    assert row.best() == folder
+    folder.best.write_bytes(others.best.read_bytes())
+    with pytest.raises(ConfigError, match=r"best.ckpt is of another run; delete it"):
+        row.best()
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "callbacks"])

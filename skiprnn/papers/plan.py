@@ -50,7 +50,7 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
     folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
 
     def compose(given: Sequence[str]) -> DictConfig:
-        return hydra.compose("config", list(given))
+        return hydra.compose("config", list(given), return_hydra_config=True)
 
     try:
         grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
@@ -58,7 +58,9 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
             name = compose(grid[0] if grid else [])["experiment"]
             experiment = load(name) if name else None
             return experiment, runs(experiment, grid, compose), folders[-1] if folders else None
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
+        if isinstance(error, ConfigError) or not (isinstance(error, HydraException) or configs.is_of_hydra(error)):
+            raise
         raise ConfigError(configs.in_one_line(error)) from None
 
 
@@ -80,6 +82,8 @@ def runs(
     """
     rows: dict[str, list[PlannedRun]] = {}  # the runs of a row side by side
     read = _Reader(compose)
+    if not experiment:
+        configs.require_experiment([one for combination in grid for one in combination])
     numbers = configs.read_sweep(compose(list(grid[0]))).rows if grid else None
     occurrences = Counter(override for combination in grid for override in set(combination))
     for row in selected(experiment, numbers) if experiment else [Row("")]:
@@ -195,7 +199,7 @@ def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
                 for seed in entry["seeds"]
             ]
             plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             tell(f"{file} is damaged, or another version's; delete it, and the sweep's next start writes it again")
     return plans
 
