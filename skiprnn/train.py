@@ -58,12 +58,11 @@ def main() -> None:
     try:
         train()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {configs.in_one_line(error)}")
+        sys.exit(f"error: {configs.in_one_line(error, sys.argv)}")
     except ValueError as error:
         if not configs.is_of_hydra(error):
             raise
-        unnamed = [one for one in sys.argv[1:] if one.endswith("=null")]  # a group, which has no such choice
-        sys.exit(": ".join(["error", *unnamed, configs.in_one_line(error)]))
+        sys.exit(f"error: {configs.in_one_line(error, sys.argv)}")
 
 
 if __name__ == "__main__":

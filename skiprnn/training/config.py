@@ -326,10 +326,11 @@ def _checked(kind: type, config: DictConfig, keys: list[str]) -> Any:
         raise ConfigError(f"{key}{said}") from None
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error of Hydra's says, without where it has searched."""
+def in_one_line(error: Exception, arguments: Sequence[str]) -> str:
+    """What an error of Hydra's says, without where it has searched; with the argument where it does not name it."""
     said = str(error).partition("Config search path:")[0]
-    return " ".join(said.split())
+    unnamed = [one for one in arguments if one.endswith("=null")] if "Config group override" in said else []
+    return ": ".join([*unnamed, " ".join(said.split())])
 
 
 def is_of_hydra(error: Exception) -> bool:

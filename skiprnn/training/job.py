@@ -310,7 +310,8 @@ def loggers_of(run: RunConfig) -> dict[str, Callable[..., Logger]]:
             loggers[name] = instantiate(settings | {"_partial_": True})
             if not callable(loggers[name]):
                 raise TypeError("it has no _target_")
-        except (TypeError, HydraException) as error:
+            inspect.signature(loggers[name])
+        except (TypeError, ValueError, HydraException) as error:
             raise ConfigError(f"logger.{name}={settings}: {str(error).splitlines()[0]}") from None
     return loggers
 
