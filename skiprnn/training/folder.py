@@ -243,7 +243,7 @@ class RunFolder:
 
 
 RECORDED: dict[str, Any] = {"steps": int, "solved_at": float | None, "input_flops": float | None}
-TOLD: dict[str, Any] = {"note": str, "examples": dict, "profile": dict}  # if it is told at all
+TOLD: dict[str, Any] = {"note": str | None, "examples": dict, "profile": dict}  # if it is told at all
 
 
 def _require_results(record: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def _require_results(record: dict[str, Any]) -> None:
     for epoch in ("best", "final"):
         for stage, metrics in (("validation", read), ("test", (*read, "inference_flops"))):
             facts |= {f"{epoch}/{stage}/{name}": (record[epoch][stage][name], float) for name in metrics}
-    if not all(fits(value, kind) for value, kind in facts.values()) or record["steps"] < 1:
+    if not all(fits(value, kind) for value, kind in facts.values()) or not 1 <= record["steps"] <= 2**40:
         raise TypeError
 
 
