@@ -101,13 +101,12 @@ class Row:
         """The run with the best validation score.
 
         Raises:
-            ConfigError: its checkpoint is not here, or is not its; another run's would not show what the row can do.
+            ConfigError: its checkpoint is not here; another run's would not show what the row can do.
         """
         scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
         run = self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
         if not run.best.exists():
             raise ConfigError(f"{run.path}: the record is here, the checkpoint is not")
-        run.checkpoint(run.best)
         return run
 
 
@@ -284,9 +283,10 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[], Figure | s
 
 
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
-    """A picture of the row's best run, from its checkpoint."""
-    run = row.run
-    return draw(load(row.best().best, data_root=run.data_root, device=run.device, threads=run.threads))
+    """A picture of the row's best run, from its checkpoint, which must be its own."""
+    run, best = row.run, row.best()
+    best.checkpoint(best.best)
+    return draw(load(best.best, data_root=run.data_root, device=run.device, threads=run.threads))
 
 
 @matplotlib.rc_context(STYLE)

@@ -197,7 +197,8 @@ class RunConfig:
                 isinstance(name, str) and bool(NAME.fullmatch(name)),
                 f"{part}.name={name}: {NAMING}",
             )
-        for key, value in self.profile.items():
+        for key in ("note", "published"):
+            value = self.profile.get(key, "")
             _require(isinstance(value, str), f"profile.{key}={value}: must be a text")
 
     @classmethod
