@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, command, compose, trained
 
-from skiprnn import figures
+from skiprnn import figures, train
 from skiprnn.training import config, job, provenance
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
@@ -304,6 +304,13 @@ def test_learning_rate_rises_at_the_start_and_falls_at_the_end_in_equal_steps(sm
     trained(run)
     rates = pd.read_csv(runs.RunFolder(run).path / "metrics.csv")["learning_rate"]
     assert list(rates) == pytest.approx([0.15, 0.3, 0.3, 0.2, 0.1])
+
+
+def test_a_new_run_is_made_once(tmp_path, monkeypatch):
+    made, make = [], job.make_module
+    monkeypatch.setattr(job, "make_module", lambda run: made.append(run) or make(run))
+    train.train(compose([*SMALL, *FEW, f"output={tmp_path}"]))
+    assert len(made) == 1
 
 
 def test_complete_run_is_not_repeated(small_run):
