@@ -29,8 +29,8 @@ class Forecaster(nn.Module):
         self.readout = nn.Linear(hidden_size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, state, updates = self.rnn(x)
-        return self.readout(state.h[-1]).squeeze(1), updates
+        _, (h, _), updates = self.rnn(x)
+        return self.readout(h[-1]).squeeze(1), updates
 
 
 def made_up(path: Path, rows: int = 1500) -> None:

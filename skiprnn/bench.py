@@ -4,6 +4,8 @@ Every figure is the median of repetitions that alternate with torch.nn's in one 
 both alike. torch.nn's time depends on malloc, so all is measured twice: as it comes, and tuned to keep its pages.
 Update rates are forced: w_p = 0 and a constant q give one update in n steps; "desynchronised" rows start at random s.
 The inputs are random, so nothing is gained from repeated samples. Numbers too small to be normal are flushed to 0.
+Inference of one sequence at a time is also measured with bfloat16 weights and, where skiprnn[onnx] is installed, in
+ONNX Runtime; "ONNX Runtime" alone is its LSTM or GRU, of the same weights as torch.nn's.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from skiprnn import Recurrent, RecurrentState
+from skiprnn import Recurrent
+from skiprnn.model import onnx
 from skiprnn.model.policies import Skip
 from skiprnn.training.timing import alternate
 
@@ -40,6 +44,8 @@ SHAPES = {  # B, T, I, H, L
 RATES = {1: "100 %", 2: "50 %", 10: "10 %"}
 CURVE = (1, 2, 3, 4, 6, 10, 20, 50)
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU}  # what each cell is compared with
+ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}  # torch's, in ONNX's order
+HAS_ONNX = all(map(find_spec, ("onnx", "onnxruntime")))
 
 
 def skip_network(cell: str, shape, period: int, engine: str = "native") -> Recurrent:
@@ -53,18 +59,18 @@ def skip_network(cell: str, shape, period: int, engine: str = "native") -> Recur
     return rnn
 
 
-def desynchronised(rnn: Recurrent, batch: int) -> RecurrentState:
+def desynchronised(rnn: Recurrent, batch: int) -> Any:
     """An initial state whose rows update at different times."""
     assert isinstance(rnn.policy, Skip)
     q = torch.sigmoid(rnn.policy.bias.detach()).expand(batch, 1)
-    return rnn.pack([cell.initial_state(batch) for cell in rnn.cells], (q, torch.rand(batch, 1) / 2))
+    return rnn.pack([([cell.initial_state(batch) for cell in rnn.cells], (q, torch.rand(batch, 1) / 2))])
 
 
 def train(rnn: Any, x: Tensor, scattered: bool = False) -> None:
     """Forward and backward of a classifier's loss on the last state; the input needs no gradient."""
     result = rnn(x, desynchronised(rnn, len(x))) if scattered else rnn(x)
     state = result[1]
-    last = state.h if isinstance(state, RecurrentState) else state[0] if isinstance(state, tuple) else state
+    last = state[0] if isinstance(state, tuple) else state
     loss = last[-1].square().sum()
     if len(result) == 3 and result[2].requires_grad:
         loss = loss + 1e-4 * result[2].sum()
@@ -77,22 +83,70 @@ def infer(rnn: Any, x: Tensor, scattered: bool = False) -> None:
     rnn(x, desynchronised(rnn, len(x))) if scattered else rnn(x)
 
 
-def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[], None]]:
+def onnx_model(module: nn.LSTM | nn.GRU) -> bytes:
+    """ONNX's own operator with the weights of torch's: x (T, B, I) to output (T, B, H)."""
+    from onnx import TensorProto, helper  # of skiprnn[onnx]
+
+    operator, size = type(module).__name__, module.hidden_size
+    nodes, constants, below = [], [helper.make_tensor("axis", TensorProto.INT64, [1], [1])], "x"
+    for layer in range(module.num_layers):
+        weights = [
+            getattr(module, f"{name}_l{layer}").detach() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        w, r, *biases = (torch.cat([part.split(size)[gate] for gate in ONNX_GATES[operator]]) for part in weights)
+        names = [f"{name}.{layer}" for name in ("W", "R", "B")]
+        for name, tensor in zip(names, (w, r, torch.cat(biases)), strict=True):
+            constants.append(helper.make_tensor(name, TensorProto.FLOAT, (1, *tensor.shape), tensor.flatten().tolist()))
+        options = {"linear_before_reset": 1} if operator == "GRU" else {}
+        nodes.append(helper.make_node(operator, [below, *names], [f"Y.{layer}"], hidden_size=size, **options))
+        below = f"output.{layer}" if layer + 1 < module.num_layers else "output"
+        nodes.append(helper.make_node("Squeeze", [f"Y.{layer}", "axis"], [below]))
+    shapes = [("T", "B", module.input_size), ("T", "B", size)]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(("x", "output"), shapes, strict=True)
+    ]
+    graph = helper.make_graph(nodes, operator, ends[:1], ends[1:], constants)
+    opsets = [helper.make_opsetid("", onnx.OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=onnx.IR_VERSION).SerializeToString()
+
+
+def onnx_runtime(model: str | bytes) -> Callable[[Tensor], Tensor]:
+    """What runs an ONNX model, or a file of one, on this process's threads: x to its first output."""
+    import onnxruntime  # of skiprnn[onnx]
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level, settings.intra_op_num_threads = 3, torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["output"], {"x": x.numpy()})[0])
+
+
+def candidates(cell: str, shape, task, reference: bool) -> dict[str, Callable[[], Any]]:
     """What is measured on one shape: torch.nn first, everything else relative to it."""
     batch, steps, inputs, hidden, layers = shape
     x = torch.rand(batch, steps, inputs)
-    found: dict[str, Callable[[], None]] = {}
+    found: dict[str, Callable[[], Any]] = {}
 
     def add(name: str, rnn: nn.Module, **options) -> None:
         found[name] = lambda: task(rnn, x, **options)
 
-    add("torch", TORCH[cell](inputs, hidden, layers, batch_first=True))
+    plain = TORCH[cell](inputs, hidden, layers, batch_first=True)
+    add("torch", plain)
     add("always", Recurrent(cell, "always", inputs, hidden, layers, engine="native", batch_first=True))
     for period, rate in RATES.items():
         rnn = skip_network(cell, shape, period)
         add(f"skip {rate}", rnn)
         if period > 1 and batch > 1:
             add(f"skip {rate} desynchronised", rnn, scattered=True)
+        if task is infer and batch == 1:
+            add(f"skip {rate}, bfloat16", skip_network(cell, shape, period).round_weights())
+            if HAS_ONNX:
+                with tempfile.TemporaryDirectory() as folder:
+                    rnn.to_onnx(Path(folder) / "network.onnx")
+                    run = onnx_runtime(str(Path(folder) / "network.onnx"))
+                found[f"skip {rate}, ONNX Runtime"] = partial(run, x)
+    if task is infer and HAS_ONNX:
+        run = onnx_runtime(onnx_model(plain))
+        found["ONNX Runtime"] = partial(run, x.transpose(0, 1).contiguous())
     if reference:
         add("skip 50 %, reference engine", skip_network(cell, shape, 2, engine="reference"))
     return found
@@ -226,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder for bench.json and the plot")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
     if given.child:
         done = {"bytes": peak_memory(given.memory)} if given.memory else measure(given)

@@ -28,7 +28,7 @@ from skiprnn.papers import statistics, table
 from skiprnn.papers.experiments import Experiment, Row
 from skiprnn.papers.plan import PlannedRun, SavedPlan, saved_plans
 from skiprnn.papers.records import METRICS
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.config import ConfigError, RunConfig, arguments_of
 from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
 
 EPOCHS_DRAWN = 60  # of a curve
@@ -47,7 +47,7 @@ def plans(output: Path, tell: Tell) -> list[SavedPlan]:
                 run = RunConfig.of(json.loads(file.read_bytes()), output=str(output))
             except ConfigError:
                 continue  # another version's
-            except ValueError:
+            except (ValueError, RecursionError):
                 tell(f"{file} is damaged; the command that began the run writes it again")
                 continue
             if RunFolder(run).path == file.parent:
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders")
     parser.add_argument("--page", type=Path, help="the file to write (OUTPUT/dashboard.html)")
     parser.add_argument("--wandb", metavar="[ENTITY/]PROJECT", help="write the wandb workspace of this project instead")
-    given = parser.parse_args(arguments)
+    given = arguments_of(parser, arguments)
     try:
         if given.wandb:
             print(save_workspace(given.wandb))

@@ -283,9 +283,10 @@ def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[], Figure | s
 
 
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
-    """A picture of the row's best run, from its checkpoint."""
-    run = row.run
-    return draw(load(row.best().best, data_root=run.data_root, device=run.device, threads=run.threads))
+    """A picture of the row's best run, from its checkpoint, which must be its own."""
+    run, best = row.run, row.best()
+    best.checkpoint(best.best)
+    return draw(load(best.best, data_root=run.data_root, device=run.device, threads=run.threads))
 
 
 @matplotlib.rc_context(STYLE)

@@ -30,8 +30,8 @@ def planned(output: Path, *arguments: str) -> list[plan.PlannedRun]:
 def finish(one: plan.PlannedRun, steps: int = 64, **test: float) -> None:
     """The record of a complete run, as far as figures read it."""
     one.folder.path.mkdir(parents=True, exist_ok=True)
-    best = {"test": test, "validation": test}
-    one.folder.finish({"best": best, "final": best, "steps": steps})
+    best = {"test": test | {"inference_flops": 1.0}, "validation": test}
+    one.folder.finish({"best": best, "final": best, "steps": steps, "solved_at": None, "input_flops": 0.0})
 
 
 # curves of numbers

@@ -112,7 +112,7 @@ def read(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_bytes())
         run = RunConfig.of(record["config"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file} is damaged; delete it") from None
     return record if "error" in record else read_record(file, run)
 

@@ -98,6 +98,9 @@ class SequenceModule(nn.Module):
     def restore_optimiser(self, state: dict[str, Any]) -> None:
         """Go on with Adam's moments from a checkpoint, whatever device they were computed on."""
         self.adam.load_state_dict(state | {"param_groups": self.adam.state_dict()["param_groups"]})
+        for parameter, moments in self.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # of Skip's bias, a scalar in older checkpoints
+                moments[name] = moments[name].reshape(parameter.shape)
 
     def begin(self, stage: str, epoch: int | None = None) -> None:
         """Start a stage's sums and its random numbers; training begins an epoch, the other stages have none."""
@@ -238,7 +241,7 @@ class Pack:
         results = engines.run_packed(self.networks[0].rnn.engine_for(calls[0].x), calls)
         losses = []
         for run, network, result, (_, targets, _, _) in zip(self.runs, self.networks, results, given, strict=True):
-            _, state, updates = network.rnn.finish(*result)
+            _, state, updates = network.rnn.finish([result])
             with run.randomness() if run.run.model.dropout else nullcontext():
                 prediction = network.read(state)
             losses.append(run.loss(prediction, updates, targets, stage))
