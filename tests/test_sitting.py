@@ -75,12 +75,11 @@ def test_a_sitting_goes_on_where_the_first_was_stopped(planned, bare, tmp_path, 
     assert "6 of 6 runs complete, 3 of 3 epochs done" in done.stdout
     assert json.loads((unpacked / "sitting.json").read_text()) == known, "nothing is measured twice"
     assert {file.stem for file in second.iterdir()} == {"sitting", "lstm", "skip_lstm_lambda0", "random_skip_gru_p0.5"}
-    record = RunFolder.record  # which says how many runs shared a job; nothing else may differ
-    monkeypatch.setattr(RunFolder, "record", lambda self: {k: v for k, v in record(self).items() if k != "pack"})
-    for run in sitting.Sitting(unpacked, device="cpu").chosen():
-        alone = RunFolder(replace(run, output=str(tmp_path / "alone")))
-        job.train([alone.run])
-        assert_same_outcome(RunFolder(run), alone)
+    went_on = sitting.Sitting(unpacked, device="cpu").chosen()
+    undisturbed = [replace(run, output=str(tmp_path / "undisturbed")) for run in went_on]
+    job.train(undisturbed)
+    for one_run, other in zip(went_on, undisturbed, strict=True):
+        assert_same_outcome(RunFolder(one_run), RunFolder(other))
 
 
 def test_the_fastest_engine_is_taken_for_each_model(planned, monkeypatch):
