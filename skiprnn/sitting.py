@@ -34,7 +34,6 @@ from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, duration, write_atomically
 from skiprnn.training.module import SideBySide, architecture
 
-LOGGER = {"csv": {"_target_": "skiprnn.training.keeper.MetricsFile"}}
 RESERVE = 30.0  # seconds for the last checkpoints and the archives
 STEPS = 4  # of training that are timed, after two that warm up and record
 
@@ -48,7 +47,7 @@ def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
     plans = plan.saved_plans(folder, lambda damage: print(damage, file=sys.stderr))
     if not plans:
         raise ConfigError(f"{folder}: no plan there; make one: python -m skiprnn.sitting plan {folder} experiment=...")
-    place: dict[str, Any] = {"data_root": data_root, "device": device, "logger": LOGGER}
+    place: dict[str, Any] = {"data_root": data_root, "device": device, "logger": {"csv": job.OWN_LOGGER}}
     return [replace(one.run, **place) for one in plans[0].planned]
 
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -31,11 +30,12 @@ from skiprnn.model.cells import CELLS
 from skiprnn.training import provenance, wandb_page
 from skiprnn.training.config import ConfigError, DivergedError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, StorageError, load_weights, read_checkpoint
-from skiprnn.training.keeper import RunKeeper
+from skiprnn.training.keeper import MetricsFile, RunKeeper
 from skiprnn.training.module import SequenceModule, SideBySide, evaluate
 
 # one line says it all; everything else keeps its traceback
 USER_ERRORS = (ConfigError, DataError, DivergedError, StorageError)
+OWN_LOGGER = {"_target_": f"{MetricsFile.__module__}.{MetricsFile.__name__}"}
 INTERRUPTED = "interrupted: the same command continues"
 
 Draw = Callable[[SequenceModule], Any]  # a matplotlib figure
@@ -304,15 +304,20 @@ def loggers_of(run: RunConfig) -> dict[str, Callable[..., Logger]]:
     Raises:
         ConfigError: there is no such logger, or its library is not installed.
     """
-    loggers = {}
+    loggers: dict[str, Callable[..., Logger]] = {}
     for name, settings in run.logger.items():
+        if settings == OWN_LOGGER:
+            loggers[name] = MetricsFile
+            continue
+        from hydra.errors import HydraException  # where only metrics.csv is kept, nothing needs Hydra
+        from hydra.utils import instantiate
+
         try:
-            if "_target_" not in settings:
+            loggers[name] = instantiate(settings | {"_partial_": True})
+            if not callable(loggers[name]):
                 raise TypeError("it has no _target_")
-            options = {key: value for key, value in settings.items() if key != "_target_"}
-            loggers[name] = partial(resolve_name(settings["_target_"]), **options)
             inspect.signature(loggers[name])
-        except (TypeError, ValueError, ImportError, AttributeError) as error:
+        except (TypeError, ValueError, HydraException) as error:
             raise ConfigError(f"logger.{name}={settings}: {str(error).splitlines()[0]}") from None
     return loggers
 
