@@ -474,7 +474,7 @@ class _Named(Recurrent):
     def from_torch(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:
         """A network that begins with the weights of a torch.nn.LSTM, so with zeros as its initial state.
 
-        Its policy is new. A Skip LSTM's gate starts close to 1, so fine-tuning starts from the LSTM's function.
+        Its policy is new; a learned one starts where everything updates, so fine-tuning starts at the LSTM's function.
 
         Args:
             lstm: the trained module.
@@ -509,6 +509,7 @@ class _Named(Recurrent):
                     cell.bias.add_(both[order].to(cell.bias) - cell.total_bias)  # which has what is added for good
                 for initial in cell.initial_state(1):
                     initial.zero_()
+            rnn.policy.start_open()
         return rnn
 
 
