@@ -538,7 +538,15 @@ def test_what_is_no_tensor_is_named(network):
     with pytest.raises(ValueError, match="x must be a tensor or a PackedSequence; got list"):
         network(I, H)([[0.0] * I])
     x = torch.zeros(T, B, I)
-    for state, found in (("abc", "str"), (5, "int"), (x.numpy(), "ndarray"), ([x.numpy()], "list"), (([1],), "tuple")):
+    for state, found in (
+        ("abc", "str"),
+        (5, "int"),
+        (x.numpy(), "ndarray"),
+        ([x.numpy()], "list"),
+        (([1],), "tuple"),
+        ((1, 2), "tuple"),
+        ((), "tuple"),
+    ):
         with pytest.raises(ValueError, match=f"state must hold h.*; got {found}"):
             network(I, H)(x, state)
 

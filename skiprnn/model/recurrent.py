@@ -392,10 +392,14 @@ class Recurrent(nn.Module):
         parts: list[Any] = []
         if isinstance(state, Tensor):
             parts = [state]
-        elif isinstance(state, Sequence) and not isinstance(state, str):  # of a GRU's unequal layers, or of all parts
+        elif (
+            isinstance(state, Sequence) and state and not isinstance(state, str)
+        ):  # of a GRU's unequal layers, or of all parts
             of_layers = len(names) == 1 and not isinstance(self.hidden_size, int) and isinstance(state[0], Tensor)
             parts = [state] if of_layers else list(state)
-        if not all(isinstance(layer, Tensor) for part in parts for layer in part):
+        if not all(isinstance(part, Tensor | Sequence) for part in parts) or not all(
+            isinstance(layer, Tensor) for part in parts for layer in part
+        ):
             parts = []
         if len(parts) not in (len(names), len(names) + len(gate)):
             wanted = f"{', '.join(names)}{' and the gate' if gate else ''}"
