@@ -29,6 +29,7 @@ class Digits(lightning.LightningModule):
 if __name__ == "__main__":
     pixels, digits = load_digits(return_X_y=True)
     data = torch.utils.data.TensorDataset(torch.tensor(pixels / 16).float().view(-1, 16, 4), torch.tensor(digits))
-    trainer = lightning.Trainer(max_epochs=6, accelerator="cpu", precision="bf16-mixed", logger=False)
+    quiet = {"logger": False, "enable_checkpointing": False}  # nothing is written
+    trainer = lightning.Trainer(max_epochs=6, accelerator="cpu", precision="bf16-mixed", **quiet)
     trainer.fit(Digits(), torch.utils.data.DataLoader(data, 64, shuffle=True))
     print({name: round(value.item(), 3) for name, value in trainer.callback_metrics.items()})

@@ -142,6 +142,7 @@ def test_lightning_trains_in_mixed_precision(run, capsys, tmp_path, monkeypatch)
     found = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
     assert found["accuracy"] > 0.5
     assert 1 <= found["state_updates"] <= 16
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_saved_network_goes_on_from_a_saved_state(run, capsys, tmp_path):
