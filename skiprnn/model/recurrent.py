@@ -67,6 +67,7 @@ class Recurrent(nn.Module):
         learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
         p_skip: probability of skipping, for policies that draw.
         engine: who runs the time loop, see skiprnn.model.engines; "auto" takes the fastest that serves.
+        device, dtype: of the parameters; float32 unless given.
 
     Raises:
         ValueError: an unknown name, a size below 1, a probability out of [0, 1], p_skip where it does not belong.
