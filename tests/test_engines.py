@@ -271,7 +271,7 @@ def test_bfloat16_weights(cell, policy, variant, monkeypatch):
             (one, _, updates), (two, _, _), (expected, _, theirs) = rnn(x), rnn(x.expand(2, -1, -1)), reference(x)
         assert torch.equal(one[0], two[0])
         if torch.equal(updates, theirs):  # rounding may tip a decision
-            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-4)
         else:
             assert policy != "always"
 
