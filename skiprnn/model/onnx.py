@@ -137,7 +137,7 @@ class _Writer:
                 scanned = [f"{what}.{next(self.numbers)}" for what in ("output", "updates")]
                 ends = [f"next.{name}" for name in names]
                 reverse = int(stack.reverse)
-                scan = {"scan_input_directions": [reverse], "scan_output_directions": [reverse] * 2}
+                scan: dict[str, Any] = {"scan_input_directions": [reverse], "scan_output_directions": [reverse] * 2}
                 scan |= {"body": self.body(stack), "num_scan_inputs": 1}
                 main("Scan", *begin, x, outputs=[*ends, *scanned], **scan)
                 outputs.append(scanned[0])
