@@ -51,8 +51,11 @@ def export(rnn, path: str | Path) -> None:
     model = _Writer(onnx, rnn).model()
     onnx.checker.check_model(model, full_check=True)
     unfinished = Path(f"{path}.unfinished")
-    unfinished.write_bytes(model.SerializeToString())
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(model.SerializeToString())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class _Nodes:
@@ -134,26 +137,21 @@ class _Writer:
                 scanned = [f"{what}.{next(self.numbers)}" for what in ("output", "updates")]
                 ends = [f"next.{name}" for name in names]
                 reverse = int(stack.reverse)
-                directions = {"scan_input_directions": [reverse], "scan_output_directions": [reverse] * 2}
-                main(
-                    "Scan", *begin, x, outputs=[*ends, *scanned], body=self.body(stack), num_scan_inputs=1, **directions
-                )
+                scan: dict[str, Any] = {"scan_input_directions": [reverse], "scan_output_directions": [reverse] * 2}
+                scan |= {"body": self.body(stack), "num_scan_inputs": 1}
+                main("Scan", *begin, x, outputs=[*ends, *scanned], **scan)
                 outputs.append(scanned[0])
                 updates.append(scanned[1])
             x = main("Concat", *outputs, axis=2)
         order = {"perm": [1, 0, 2] if rnn.batch_first else [0, 1, 2]}
         main("Transpose", x, outputs=["output"], **order)
         decisions = main("Transpose", main("Concat", *updates, axis=2), **order)
-        one_gate = rnn.policy.family == "step" if not rnn.bidirectional else False
+        one_gate = not rnn.bidirectional and rnn.policy.family == "step"
         if one_gate:  # (B, T, 1)
             main("Squeeze", decisions, main("Add", "one", "one"), outputs=["updates"])
         else:
             main("Identity", decisions, outputs=["updates"])
-        results = [
-            self.value("output", *axes, None),
-            self.value("updates", *axes, *([] if one_gate else [None])),
-            *after,
-        ]
+        results = [self.value("output", *axes, None), self.value("updates", *axes, *[None] * (not one_gate)), *after]
         graph = helper.make_graph(main.nodes, type(rnn).__name__, inputs, results, [*self.constants.values()])
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, producer_name="skiprnn", opset_imports=opsets, ir_version=IR_VERSION)
