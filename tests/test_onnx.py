@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skiprnn import LSTM, SALSTM, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM, bench
+from skiprnn import LSTM, SALSTM, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
+from skiprnn.benchmarks import cpu
 from skiprnn.model.policies import Skip
 
 needs_onnx = pytest.mark.skipif(
@@ -134,8 +135,8 @@ def test_the_bench_compares_with_the_runtimes_own_operator(kind):
     """Of torch's weights, so that both compute the same."""
     module = kind(3, 5, 2)
     x = torch.randn(7, 2, 3)
-    torch.testing.assert_close(bench.onnx_runtime(bench.onnx_model(module))(x), module(x)[0].detach())
-    functions = bench.candidates(kind.__name__.lower(), (1, 6, 1, 4, 1), bench.infer, False)
+    torch.testing.assert_close(cpu.onnx_runtime(cpu.onnx_model(module))(x), module(x)[0].detach())
+    functions = cpu.candidates(kind.__name__.lower(), (1, 6, 1, 4, 1), cpu.infer, False)
     assert {"ONNX Runtime", "skip 10 %, ONNX Runtime", "skip 10 %, bfloat16"} <= functions.keys()
     for function in functions.values():
         function()
