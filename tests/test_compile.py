@@ -65,10 +65,8 @@ def test_compile_without_a_graph_break(cell, policy):
 
 @pytest.mark.slow
 @requires_native
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_inductor(cell, policy):
-    compare_compiled(network(cell, policy), "aot_eager" if POLICIES[policy].draws else "inductor")
+def test_inductor():
+    compare_compiled(network("lstm", "skip"), "inductor")
 
 
 FIRST = """

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from skiprnn import LSTM, SAGRU, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
+from skiprnn import LSTM, SAGRU, SALSTM, RandomSkipLSTM, Recurrent, SkipGRU, SkipLSTM
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -449,6 +449,35 @@ def test_strided_input_is_taken(network):
         torch.manual_seed(1)
         results.append(rnn(one.transpose(0, 1))[0])
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM, LSTM, SkipLSTM, SALSTM, SkipGRU])
+def test_a_tagger_learns_with_its_lstm_replaced(rnn):
+    """The model of torch's sequence tutorial: a tag for every word, sentence by sentence."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.rnn, self.out = nn.Embedding(9, 6), rnn(6, 12), nn.Linear(12, 3)
+
+        def forward(self, sentence):
+            output, *_ = self.rnn(self.embedding(sentence).view(len(sentence), 1, -1))
+            return self.out(output.view(len(sentence), -1))
+
+    torch.manual_seed(0)
+    sentences = [([0, 1, 2, 0, 3], [0, 1, 2, 0, 1]), ([4, 5, 6, 7], [1, 2, 0, 1]), ([0, 8, 2], [0, 1, 2])]
+    pairs = [(torch.tensor(words), torch.tensor(tags)) for words, tags in sentences]
+    tagger = Tagger()
+    optimizer = torch.optim.Adam(tagger.parameters(), 2e-2)
+    losses = []
+    for _ in range(60):
+        loss = sum(functional.cross_entropy(tagger(words), tags) for words, tags in pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(torch.equal(tagger(words).argmax(1), tags) for words, tags in pairs)
 
 
 def test_a_state_of_another_batch_direction_or_depth_is_named():

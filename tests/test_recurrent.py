@@ -330,16 +330,28 @@ def test_weights_from_torch_and_back(layers, bias, bidirectional, batch_first):
         torch.testing.assert_close(last_c, c, rtol=0, atol=1e-6)
 
 
-def test_a_skip_lstm_from_torch_that_always_updates_is_the_lstm():
-    theirs = nn.LSTM(I, H, 2)
-    ours = SkipLSTM.from_torch(theirs, learn_initial_state=True)
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("network", [SkipLSTM, SALSTM])
+def test_fine_tuning_starts_at_the_lstm_and_learns_to_skip(network, bidirectional):
+    """However large its states are, at which gates drawn anew would skip anything."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(I, H, 2, bidirectional=bidirectional)
     with torch.no_grad():
-        ours.policy.bias.fill_(50.0)
-    x = torch.randn(T, B, I)
+        for parameter in theirs.parameters():
+            parameter.mul_(4)
+    ours = network.from_torch(theirs, learn_initial_state=True)
+    ours.policy.set_epoch(30)
+    x = 5 * torch.randn(30, B, I)
     output, _, updates = ours(x)
     assert updates.min() == 1
-    torch.testing.assert_close(output, theirs(x)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(output, theirs(x)[0], rtol=0, atol=1e-5)
     assert all(cell.learn_initial_state for cell in ours.cells)
+    optimizer = torch.optim.Adam(ours.policy.parameters(), 0.1)
+    for _ in range(25):
+        optimizer.zero_grad()
+        ours(x)[2].mean().backward()
+        optimizer.step()
+    assert ours(x)[2].mean() < 0.7
 
 
 def test_what_does_not_go_between_torch_and_ours_is_named():
@@ -526,7 +538,15 @@ def test_what_is_no_tensor_is_named(network):
     with pytest.raises(ValueError, match="x must be a tensor or a PackedSequence; got list"):
         network(I, H)([[0.0] * I])
     x = torch.zeros(T, B, I)
-    for state, found in (("abc", "str"), (5, "int"), (x.numpy(), "ndarray"), ([x.numpy()], "list"), (([1],), "tuple")):
+    for state, found in (
+        ("abc", "str"),
+        (5, "int"),
+        (x.numpy(), "ndarray"),
+        ([x.numpy()], "list"),
+        (([1],), "tuple"),
+        ((1, 2), "tuple"),
+        ((), "tuple"),
+    ):
         with pytest.raises(ValueError, match=f"state must hold h.*; got {found}"):
             network(I, H)(x, state)
 

@@ -145,6 +145,7 @@ def test_bad_samples_and_streams_are_named_and_change_nothing():
     live = rnn.stream(batch_size=4)
     before = live.to_bytes()
     for given, message in (
+        (([0.0, 0.0, 0.0],), "must be a tensor; got list"),
         ((torch.zeros(3),), r"samples must be \(4, 3\); got \(3,\)"),
         ((torch.zeros(2, 3), [0, 0]), "each once"),
         ((torch.zeros(2, 3), [0, 4]), "streams 0 to 3"),
@@ -160,13 +161,18 @@ def test_bad_samples_and_streams_are_named_and_change_nothing():
     assert live.to_bytes() == before
     with pytest.raises(ValueError, match=r"samples must be \(3,\); got \(2,\)"):
         rnn.stream().push(torch.zeros(2))
+    for wrong in (0, 2.0, "2"):
+        with pytest.raises(ValueError, match="batch_size must be the number of streams"):
+            rnn.stream(batch_size=wrong)
     with pytest.raises(ValueError, match="streams of a batch"):
         rnn.stream().push(torch.zeros(3), [0])
 
 
 def test_what_is_returned_stays_as_it_was():
     live = GRU(3, 5).stream(batch_size=2)
-    first = live.push(torch.zeros(2, 3))
-    before = first.output.clone()
+    live.push(torch.zeros(2, 3))
+    before = live.output
+    kept = before.clone()
     live.push(torch.ones(2, 3))
-    assert torch.equal(first.output, before)
+    assert torch.equal(before, kept)
+    assert not torch.equal(live.output, kept)

@@ -1,5 +1,7 @@
 """A network as an ONNX file: one Scan over the steps, whatever their number, and what a skipped step leaves out is
 behind an If. With one sequence, ONNX Runtime so computes what is updated; of several, a step is skipped if all skip it.
+What updates always is ONNX's own LSTM or GRU; in a Scan the equations are written out, for ONNX Runtime takes longer
+for its LSTM one step at a time.
 
 Needs the package onnx. Shapes: B batch, T steps, I input, H hidden of a layer.
 """
@@ -12,11 +14,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from skiprnn.model.cells import Cell, LSTMCell
+from skiprnn.model.cells import Cell, GRUCell, LSTMCell
 from skiprnn.model.engines.call import unknown
-from skiprnn.model.policies import Policy, Selective, Skip
+from skiprnn.model.policies import Always, Policy, Selective, Skip
 
 OPSET, IR_VERSION = 17, 8  # ONNX 1.12, of 2022
+OPERATORS: dict[type[Cell], tuple[str, Sequence[str]]] = {  # of the same equations, and its gates in their order
+    LSTMCell: ("LSTM", ("i", "o", "f", "j")),
+    GRUCell: ("GRU", ("z", "r", "candidate")),
+}
 
 
 def export(rnn, path: str | Path) -> None:
@@ -29,7 +35,7 @@ def export(rnn, path: str | Path) -> None:
     layer follow each other in these numbers, and its gates are numbered likewise: update_prob.0, ...
 
     Args:
-        rnn: an LSTM or GRU that updates always, by Skip RNN or by SA-RNN, in float32 or float64.
+        rnn: an LSTM or GRU that updates always, by Skip RNN or by SA-RNN, in float32.
         path: the file; what it held is replaced when all is done.
 
     Raises:
@@ -44,15 +50,18 @@ def export(rnn, path: str | Path) -> None:
     reason = next(filter(None, (unknown(stack.cells, stack.policy) for stack in stacks)), None)
     if reason is None and stacks[0].policy.draws:
         reason = "its policy draws at random"
-    if reason is None and dtype not in (torch.float32, torch.float64):
+    if reason is None and dtype != torch.float32:  # ONNX Runtime's LSTM has no other
         reason = f"its parameters are {dtype}: convert it to float32"
     if reason is not None:
         raise ValueError(f"this {type(rnn).__name__} cannot become an ONNX file: {reason}")
     model = _Writer(onnx, rnn).model()
     onnx.checker.check_model(model, full_check=True)
     unfinished = Path(f"{path}.unfinished")
-    unfinished.write_bytes(model.SerializeToString())
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(model.SerializeToString())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class _Nodes:
@@ -79,16 +88,11 @@ class _Stack(NamedTuple):
     def states(self) -> list[str]:
         return [name for _, _, names in self.layers for name in names]
 
-    @property
-    def top(self) -> Cell:
-        return self.layers[-1][1]
-
 
 class _Writer:
     def __init__(self, onnx, rnn):
         self.onnx, self.rnn, self.constants, self.numbers = onnx, rnn, {}, itertools.count()
-        self.dtype = rnn.cells[0].weight_ih.dtype
-        self.kind = onnx.TensorProto.DOUBLE if self.dtype == torch.float64 else onnx.TensorProto.FLOAT
+        self.kind = onnx.TensorProto.FLOAT
         self.blocks: list[list[_Stack]] = []
         layers, stacks = itertools.count(), itertools.count()
         for block in rnn.blocks:
@@ -104,7 +108,7 @@ class _Writer:
 
     def constant(self, name: str, value: Tensor | float) -> str:
         """A number, or a tensor, that all graphs see."""
-        tensor = torch.as_tensor(value, dtype=self.dtype).detach().cpu().contiguous()
+        tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu().contiguous()
         self.constants[name] = self.onnx.helper.make_tensor(name, self.kind, tensor.shape, tensor.flatten().tolist())
         return name
 
@@ -115,7 +119,8 @@ class _Writer:
         """The whole file."""
         rnn, helper, main = self.rnn, self.onnx.helper, _Nodes(self.onnx, self.numbers)
         x = main("Transpose", "x", perm=[1, 0, 2]) if rnn.batch_first else "x"
-        self.constants["one"] = helper.make_tensor("one", self.onnx.TensorProto.INT64, [1], [1])
+        for name, number in (("first", 0), ("one", 1)):
+            self.constants[name] = helper.make_tensor(name, self.onnx.TensorProto.INT64, [1], [number])
         shape = main("Concat", main("Shape", x, start=1, end=2), "one", axis=0)
         axes = ("B", "T") if rnn.batch_first else ("T", "B")
         inputs, after, updates = [self.value("x", *axes, rnn.input_size)], [], []
@@ -131,32 +136,56 @@ class _Writer:
                     inputs.append(self.value(name, "B or 1", first.shape[1]))
                     after.append(self.value(f"next.{name}", "B", first.shape[1]))
                 begin = [main("Expand", name, shape) for name in names]
-                scanned = [f"{what}.{next(self.numbers)}" for what in ("output", "updates")]
                 ends = [f"next.{name}" for name in names]
-                reverse = int(stack.reverse)
-                directions = {"scan_input_directions": [reverse], "scan_output_directions": [reverse] * 2}
-                main(
-                    "Scan", *begin, x, outputs=[*ends, *scanned], body=self.body(stack), num_scan_inputs=1, **directions
-                )
-                outputs.append(scanned[0])
-                updates.append(scanned[1])
+                if isinstance(stack.policy, Always):
+                    output = self.chain(main, stack, x, begin, ends)
+                    every = main("Concat", main("Shape", output, start=0, end=2), "one", axis=0)
+                    decided = main("Expand", self.unit, every)
+                else:
+                    output, decided = (f"{what}.{next(self.numbers)}" for what in ("output", "updates"))
+                    reverse = int(stack.reverse)
+                    scan: dict[str, Any] = {"scan_input_directions": [reverse], "scan_output_directions": [reverse] * 2}
+                    scan |= {"body": self.body(stack), "num_scan_inputs": 1}
+                    main("Scan", *begin, x, outputs=[*ends, output, decided], **scan)
+                outputs.append(output)
+                updates.append(decided)
             x = main("Concat", *outputs, axis=2)
         order = {"perm": [1, 0, 2] if rnn.batch_first else [0, 1, 2]}
         main("Transpose", x, outputs=["output"], **order)
         decisions = main("Transpose", main("Concat", *updates, axis=2), **order)
-        one_gate = rnn.policy.family == "step" if not rnn.bidirectional else False
+        one_gate = not rnn.bidirectional and rnn.policy.family == "step"
         if one_gate:  # (B, T, 1)
             main("Squeeze", decisions, main("Add", "one", "one"), outputs=["updates"])
         else:
             main("Identity", decisions, outputs=["updates"])
-        results = [
-            self.value("output", *axes, None),
-            self.value("updates", *axes, *([] if one_gate else [None])),
-            *after,
-        ]
+        results = [self.value("output", *axes, None), self.value("updates", *axes, *[None] * (not one_gate)), *after]
         graph = helper.make_graph(main.nodes, type(rnn).__name__, inputs, results, [*self.constants.values()])
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, producer_name="skiprnn", opset_imports=opsets, ir_version=IR_VERSION)
+
+    def chain(self, main: _Nodes, stack: _Stack, x: str, begin: Sequence[str], ends: Sequence[str]) -> str:
+        """Layers that update always, by ONNX's own operators: the top layer's output (T, B, H). Writes `ends`."""
+        done = 0
+        for number, cell, names in stack.layers:
+            operator, order = OPERATORS[type(cell)]
+            rows = [cell.gates.index(gate) for gate in order]
+
+            def block(name: str, weight: Tensor, number=number, cell=cell, rows=rows) -> str:
+                """A constant (1, G*H, ·), whose gates are in the operator's order."""
+                parts = weight.split(cell.hidden_size)
+                return self.constant(f"{name}.{number}", torch.cat([parts[row] for row in rows])[None])
+
+            weights = block("weight_ih", cell.weight_ih), block("weight_hh", cell.weight_hh)
+            added = self.constant(f"none.{number}", torch.zeros(1, len(cell.total_bias)))  # there are two biases
+            bias = main("Concat", block("bias", cell.total_bias), added, axis=1)
+            states = [main("Unsqueeze", name, "first") for name in begin[done : done + len(names)]]
+            results = [f"{operator}.{next(self.numbers)}" for _ in range(1 + len(names))]
+            options = {"hidden_size": cell.hidden_size, "direction": "reverse" if stack.reverse else "forward"}
+            main(operator, x, *weights, bias, "", *states, outputs=results, **options)
+            for result, end in zip(results[1:], ends[done:], strict=False):
+                main("Squeeze", result, "first", outputs=[end])
+            x, done = main("Squeeze", results[0], "one"), done + len(names)
+        return x
 
     def body(self, stack: _Stack) -> Any:
         """One step: what is carried, and x (B, I), to what is carried, the top layer's h and the decisions."""
@@ -164,13 +193,11 @@ class _Writer:
         after = self.by_neuron(step, stack) if isinstance(stack.policy, Selective) else self.by_step(step, stack)
         given = [self.value(name, None, None) for name in (*stack.states, *stack.gate)]
         given.append(self.value("x.t", None, stack.layers[0][1].input_size))
-        results = [step("Identity", name) for name in after]
-        return self.onnx.helper.make_graph(
-            step.nodes, "step", given, [self.value(name, None, None) for name in results]
-        )
+        after[-2] = step("Identity", after[-2])  # the output is a state as well
+        return self.onnx.helper.make_graph(step.nodes, "step", given, [self.value(name, None, None) for name in after])
 
     def by_step(self, step: _Nodes, stack: _Stack) -> list[str]:
-        policy, entries = stack.policy, len(stack.top.state_names)
+        policy, entries = cast(Skip, stack.policy), len(stack.layers[-1][2])
 
         def compute(nodes: _Nodes) -> list[str]:
             below, candidates = "x.t", []
@@ -179,11 +206,6 @@ class _Writer:
                 below = candidates[-entries]
             return candidates
 
-        if not isinstance(policy, Skip):
-            after = compute(step)
-            batch = step("Shape", "x.t", start=0, end=1)
-            ones = step("Expand", self.constant("unit", torch.ones(1, 1)), step("Concat", batch, "one", axis=0))
-            return [*after, after[-entries], ones]
         q, s = stack.gate
         accumulated = step("Add", s, step("Min", q, step("Sub", self.unit, s)))
         u = step("Greater", accumulated, self.half)

@@ -113,6 +113,9 @@ class Policy(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the policy's parameters anew."""
 
+    def start_open(self) -> None:
+        """Let what is learned start where everything updates, whatever is read: a trained cell computes as before."""
+
     def draw(self, x: Tensor, neurons: int) -> Tensor | None:
         """The random decisions of a whole batch of sequences x (B, T, I), drawn at once; None for a policy without."""
         return None
@@ -241,6 +244,11 @@ class Skip(StepPolicy):
         nn.init.uniform_(self.weight, -limit, limit)
         nn.init.constant_(self.bias, self.update_bias)
 
+    def start_open(self):
+        """w_p = 0 and b_p = 1: q = 0.73 at every step."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
+
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         name = f"{prefix}bias"
         if name in state_dict and not state_dict[name].dim():  # as checkpoints had it that are older
@@ -349,6 +357,13 @@ class Selective(NeuronPolicy):
             coordinator.reset_parameters()
         self.set_epoch(0)
 
+    def start_open(self):
+        """a = 0.1 for every neuron, at every slope where the hard sigmoid has one."""
+        for coordinator in self.coordinators:
+            nn.init.zeros_(coordinator.weight_input)
+            nn.init.zeros_(coordinator.weight_state)
+            nn.init.constant_(coordinator.bias, 0.1)
+
     def set_epoch(self, epoch):
         self.slope.fill_(min(5.0, 1 + 0.04 * epoch))
 
@@ -367,6 +382,11 @@ class Policies(nn.ModuleList):
         """Draw all parameters anew."""
         for policy in self:
             policy.reset_parameters()  # type: ignore[operator]
+
+    def start_open(self) -> None:
+        """Let all start where everything updates."""
+        for policy in self:
+            policy.start_open()  # type: ignore[operator]
 
     def set_epoch(self, epoch: int) -> None:
         """Tell all that training epoch `epoch` begins."""

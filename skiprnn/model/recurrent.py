@@ -67,6 +67,7 @@ class Recurrent(nn.Module):
         learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
         p_skip: probability of skipping, for policies that draw.
         engine: who runs the time loop, see skiprnn.model.engines; "auto" takes the fastest that serves.
+        device, dtype: of the parameters; float32 unless given.
 
     Raises:
         ValueError: an unknown name, a size below 1, a probability out of [0, 1], p_skip where it does not belong.
@@ -403,10 +404,14 @@ class Recurrent(nn.Module):
         parts: list[Any] = []
         if isinstance(state, Tensor):
             parts = [state]
-        elif isinstance(state, Sequence) and not isinstance(state, str):  # of a GRU's unequal layers, or of all parts
+        elif (
+            isinstance(state, Sequence) and state and not isinstance(state, str)
+        ):  # of a GRU's unequal layers, or of all parts
             of_layers = len(names) == 1 and not isinstance(self.hidden_size, int) and isinstance(state[0], Tensor)
             parts = [state] if of_layers else list(state)
-        if not all(isinstance(layer, Tensor) for part in parts for layer in part):
+        if not all(isinstance(part, Tensor | Sequence) for part in parts) or not all(
+            isinstance(layer, Tensor) for part in parts for layer in part
+        ):
             parts = []
         if len(parts) not in (len(names), len(names) + len(gate)):
             wanted = f"{', '.join(names)}{' and the gate' if gate else ''}"
@@ -485,7 +490,7 @@ class _Named(Recurrent):
     def from_torch(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:
         """A network that begins with the weights of a torch.nn.LSTM, so with zeros as its initial state.
 
-        Its policy is new. A Skip LSTM's gate starts close to 1, so fine-tuning starts from the LSTM's function.
+        Its policy is new; a learned one starts where everything updates, so fine-tuning starts at the LSTM's function.
 
         Args:
             lstm: the trained module.
@@ -520,6 +525,7 @@ class _Named(Recurrent):
                     cell.bias.add_(both[order].to(cell.bias) - cell.total_bias)  # which has what is added for good
                 for initial in cell.initial_state(1):
                     initial.zero_()
+            rnn.policy.start_open()
         return rnn
 
 

@@ -47,6 +47,10 @@ class Stream:
             if batch_size not in (None, found):
                 raise ValueError(f"the saved state is of batch_size={found}; got {batch_size}")
             batch_size, state = found, None
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(
+                f"batch_size must be the number of streams, or None for one without it; got {batch_size!r}"
+            )
         self.rnn, self.batch_size = rnn, batch_size
         count = 1 if batch_size is None else batch_size
         self._read(self._unread(count))  # finds what no stream can have, as sharded weights
@@ -87,6 +91,8 @@ class Stream:
             ValueError: sizes, dtypes or streams that do not fit.
         """
         rows = self._rows(which)
+        if not isinstance(x, Tensor):
+            raise ValueError(f"a stream's samples must be a tensor; got {type(x).__name__}")
         x = x.unsqueeze(0) if self.batch_size is None else x
         if tuple(x.shape) != (len(rows), self.rnn.input_size):
             wanted = (self.rnn.input_size,) if self.batch_size is None else (len(rows), self.rnn.input_size)
@@ -242,7 +248,8 @@ def _parse(data: bytes) -> tuple[int | None, dict[str, Tensor]]:
         for name, (dtype, *shape) in said["tensors"].items():
             kind = getattr(torch, dtype)
             part = bytearray(body[start : start + math.prod(shape) * kind.itemsize])
-            tensors[name] = torch.frombuffer(part, dtype=kind).view(shape) if part else torch.empty(shape, dtype=kind)
+            flat = torch.frombuffer(part, dtype=kind) if part else torch.empty(0, dtype=kind)
+            tensors[name] = flat.view(shape)
             start += len(part)
         return said["batch_size"], tensors
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
