@@ -1,6 +1,7 @@
 """What runs ended with: read, measured, exchanged with what is published."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ class Metric:
 
 
 SOLVED, UPDATES = "task_solved", "state_updates"
+SECONDS = ("cpu_seconds", "seconds")  # of an epoch; the first counts no other work on the machine, where it is there
 METRICS = {
     SOLVED: Metric("Task solved", 2, share=True),
     "accuracy": Metric("Accuracy", 3),
@@ -65,6 +67,14 @@ def measured(record: dict[str, Any], metric: str) -> float | None:
             return None if cnn is None else test["inference_flops"] + test["state_updates"] * cnn
         case name:
             return test[name]
+
+
+def steps_per_epoch(record: dict[str, Any]) -> int:
+    """Updates of the weights in an epoch of a run."""
+    data, training = record["config"]["data"], record["config"]["training"]
+    batches = record["examples"]["train"] / training["batch_size"]
+    whole = math.floor(batches) if data.get("drop_last") else math.ceil(batches)
+    return min(whole, training["train_batches"] or whole)
 
 
 @dataclass(frozen=True)

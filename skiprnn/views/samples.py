@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -35,26 +34,9 @@ from skiprnn.model.policies import POLICIES, Policy
 from skiprnn.training.config import ConfigError
 from skiprnn.training.measures import state_updates
 from skiprnn.training.module import SequenceModule
+from skiprnn.views.style import SKIPPED, STYLE, USED, WIDTH
 
-WIDTH = 3.3  # inches, a column
-USED, SKIPPED = "#b2182b", "#2166ac"  # the papers' red and blue, in shades that the colour-blind tell apart
 PADDING_SHADE = 0.4  # of red and blue over padded frames
-STYLE: Any = {  # of matplotlib's rcParams
-    "font.size": 7,
-    "axes.titlesize": 6,
-    "axes.labelsize": 7,
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "legend.fontsize": 6,
-    "legend.frameon": False,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 300,
-    "pdf.fonttype": 42,  # text stays text
-}
 
 
 @dataclass(frozen=True)
