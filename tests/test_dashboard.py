@@ -242,7 +242,7 @@ def window(request):
         yield window
 
 
-DRAWN = "[...document.querySelectorAll('.chart .marks')].filter(drawing => drawing.checkVisibility()).length"
+DRAWN = "[...document.querySelectorAll('.chart svg.marks')].filter(drawing => drawing.checkVisibility()).length"
 SIZES = "const page = document.documentElement; return [page.scrollWidth - page.clientWidth, page.scrollHeight]"
 
 

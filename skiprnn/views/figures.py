@@ -1,10 +1,9 @@
 """Run records and checkpoints -> pictures: PDF for the paper, PNG for the screen.
 
-    python -m skiprnn.figures experiment=table1 profile=mnist/cpu [publish=results/mnist-cpu]
-
 In a folder `figures` beside the experiment's table:
 
-tradeoff         test score against state updates, a curve per model over λ or p_skip
+tradeoff         test score against state updates, λ by shade, and the published numbers
+learning         validation score against training steps and against seconds of training
 curves-LSTM      validation score and state updates by epoch, mean and range over the seeds ([SKIP] figure 2)
 usage-ROW        what a Skip RNN reads of test sequences, red, and skips, blue ([SKIP] figures 3, 5 and 6)
 neurons-ROW      which neurons an SA-RNN updates at every step of a test sequence
@@ -14,11 +13,10 @@ Complete runs alone; usage and neurons are of the row's run with the best valida
 
 import io
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import cycle, groupby
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
@@ -35,20 +32,21 @@ from rich.progress import track
 from skiprnn.data.base import DataError
 from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
-from skiprnn.papers import plan
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
+from skiprnn.papers.records import steps_per_epoch
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
 from skiprnn.training.job import load
 from skiprnn.training.module import SequenceModule
 from skiprnn.views import samples as usage
-from skiprnn.views.samples import STYLE, WIDTH
+from skiprnn.views import style
+from skiprnn.views.curves import Curves, clock, spread
+from skiprnn.views.style import STYLE, WIDE, WIDTH
 
-BASELINE, RANDOM = "#000000", "#888888"
-PALETTE = ("#d55e00", "#009e73", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: the colour-blind tell
 SCORES = {"accuracy": "accuracy", "mse": "squared error"}
+SHADES = 6  # of a policy that the legend of a trade-off shows
 
 
 @dataclass
@@ -58,27 +56,12 @@ class Row:
     number: int  # in the plan, from 1
     runs: list[RunFolder]
     records: list[dict[str, Any]]
+    published: dict[str, Any] = field(default_factory=dict)  # metric: [mean, std], or a number
 
     @property
     def run(self) -> RunConfig:
         """One of them; they differ in the seed."""
         return self.runs[0].run
-
-    @property
-    def name(self) -> str:
-        """Of the model, as the papers write it: "Skip LSTM"."""
-        model = self.run.model
-        return POLICIES[model.policy].label.format(CELLS[model.cell].label)
-
-    @property
-    def budget(self) -> str:
-        """ "λ = 1e-4", "p = 0.5", or nothing."""
-        model = self.run.model
-        if model.p_skip is not None:
-            return f"p = {model.p_skip:g}"
-        mantissa, exponent = f"{model.cost_per_sample:e}".split("e")
-        short = f"{float(mantissa):g}e{int(exponent)}" if model.cost_per_sample else "0"
-        return f"λ = {short}" if POLICIES[model.policy].learned else ""
 
     @property
     def score(self) -> str:
@@ -90,12 +73,12 @@ class Row:
         values = np.array([record["best"]["test"][metric] for record in self.records])
         return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
-    def epochs(self, metric: str) -> np.ndarray | None:
-        """A validation metric, (runs, epochs), of the runs whose metrics.csv has all epochs; None if none has."""
-        files = [run.metrics_file for run in self.runs if run.metrics_file.exists()]
-        columns = [read_metrics(file)[f"validation/{metric}"] for file in files]
-        most = max(map(len, columns), default=0)
-        return np.stack([column for column in columns if len(column) == most]) if most else None
+    @cached_property
+    def curves(self) -> Curves:
+        """Of the runs whose metrics.csv has all epochs."""
+        found = [read_metrics(run.metrics_file) for run in self.runs if run.metrics_file.exists()]
+        most = max((len(columns["epoch"]) for columns in found), default=0)
+        return Curves.of([columns for columns in found if len(columns["epoch"]) == most])
 
     def best(self) -> RunFolder:
         """The run with the best validation score.
@@ -112,10 +95,12 @@ class Row:
 
 def complete(planned: Sequence[PlannedRun]) -> list[Row]:
     """The rows that have complete runs, in the plan's order."""
-    groups = [
-        [one.folder for one in group if one.folder.complete] for _, group in groupby(planned, lambda one: one.row)
-    ]
-    return [Row(n, runs, [run.record() for run in runs]) for n, runs in enumerate(groups, start=1) if runs]
+    rows = []
+    for number, (row, group) in enumerate(groupby(planned, lambda one: one.row), start=1):
+        runs = [one.folder for one in group if one.folder.complete]
+        if runs:
+            rows.append(Row(number, runs, [run.record() for run in runs], row.published))
+    return rows
 
 
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -134,145 +119,209 @@ def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def place(rows: Sequence[Row]) -> str:
+    """On what data they are."""
+    return ", ".join(dict.fromkeys(row.run.data["name"] for row in rows))
+
+
+def spread_over(rows: Sequence[Row], what: str) -> str:
+    """What the ink around a mean is."""
+    least, most = min(len(row.runs) for row in rows), max(len(row.runs) for row in rows)
+    return f"{what} over {least if least == most else f'{least} to {most}'} run{'s' if most > 1 else ''} of each row"
+
+
 @matplotlib.rc_context(STYLE)
 def tradeoff(rows: Sequence[Row]) -> Figure:
-    """Test score against state updates, mean ± standard deviation over the runs.
+    """Test score against state updates, mean ± standard deviation over the runs; hollow: what is published.
 
     Raises:
-        ConfigError: no model has two budgets.
+        ConfigError: there are not two rows.
     """
+    if len(rows) < 2:
+        raise ConfigError("only one row has complete runs")
     found = panels(rows)
-    if all(len(group) < 2 for members in found.values() for group in by_policy(members).values()):
-        raise ConfigError("no model has complete runs with two values of λ or p_skip")
-    figure = Figure((WIDTH, 0.6 + 1.6 * len(found)))
+    figure = Figure((WIDTH, 1 + 1.6 * len(found)))
     one_axis = len({row.records[0]["steps"] for row in rows}) == 1
-    column = figure.subplots(len(found), sharex=one_axis, squeeze=False)[:, 0]
-    for axes, (title, members) in zip(column, found.items(), strict=True):
+    # LSTM and GRU on one scale
+    column = figure.subplots(len(found), sharex=one_axis, sharey=len({row.score for row in rows}) == 1, squeeze=False)
+    handles: dict[str, Any] = {}
+    for axes, (title, members) in zip(column[:, 0], found.items(), strict=True):
         steps, score = members[0].records[0]["steps"], members[0].score
         axes.set_yscale("log" if score == "mse" else "linear")
-        for policy, group in by_policy(members).items():
-            _tradeoff_curve(axes, policy, group)
+        for policy in dict.fromkeys(row.run.model.policy for row in members):
+            handles |= _tradeoff_curve(axes, policy, [row for row in members if row.run.model.policy == policy])
         axes.margins(y=0.12)
-        low, high = axes.get_ylim()
-        if score == "mse" and high < 1.1 * low:  # matplotlib leaves a lone point on a logarithmic axis no room at all
-            axes.set_ylim(low / 2, high * 2)
-        axes.set(title=title, xlabel=f"state updates, of {steps} steps", ylabel=f"test {SCORES[score]}")
-        axes.set_xlim(0, 1.04 * steps)
+        axes.set(
+            title=f"{title}, {place(members)}",
+            xlabel=f"state updates, of {steps} steps",
+            ylabel=f"test {SCORES[score]}",
+            xlim=(0, 1.04 * steps),
+        )
         if one_axis:
             axes.label_outer()
-    handles = {text: line for axes in column for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+    low, high = column[0, 0].get_ylim()
+    if column[0, 0].get_yscale() == "log" and high < 1.1 * low:  # matplotlib leaves a lone point no room at all
+        column[0, 0].set_ylim(low / 2, high * 2)
+    title = spread_over(rows, "mean ± standard deviation")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, title=title)
     return figure
 
 
-def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each policy."""
-    models: dict[str, list[Row]] = {}
-    for row in rows:
-        models.setdefault(row.run.model.policy, []).append(row)
-    return models
+def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """One policy's points, those of a larger λ darker, published ones hollow; returns handles for the legend.
 
-
-def colour(policy: str) -> str:
-    """Black and grey for what does not learn, the palette's next for each policy that does; a second one of a kind
-    without learning has one of the palette, too."""
-    colours: dict[str, str] = {}
-    others = cycle(PALETTE)
-    kinds = set()
-    for name, kind in POLICIES.items():
-        first = (kind.family, kind.draws) not in kinds
-        plain = None if kind.learned or not first else RANDOM if kind.draws else BASELINE
-        colours[name] = plain or next(others)
-        if plain:
-            kinds.add((kind.family, kind.draws))
-    return colours[policy]
-
-
-def curve_label(policy: str) -> str:
-    """Of a policy's points: what it is, and what stands beside them."""
+    A point of random skipping needs no label: p_skip is what its place says.
+    """
     kind = POLICIES[policy]
-    if kind.draws:
-        return f"random {kind.family}s, p_skip at the points"
-    return f"{kind.label.format('RNN')}, λ at the points" if kind.learned else kind.label.format("RNN")
+    points = sorted(zip(rows, style.shades([row.run.model for row in rows]), strict=True), key=_budget_of)
+    axes.plot(
+        *zip(*((row.test("state_updates")[0], row.test(row.score)[0]) for row, _ in points), strict=True),
+        color=style.colour(policy), linewidth=0.6, alpha=0.6, zorder=1,
+    )  # fmt: skip
+    shown = np.linspace(0, len(points) - 1, min(SHADES, len(points))).round()
+    handles = {}
+    for index, (row, shade) in enumerate(points):
+        model = row.run.model
+        ours = [row.test(metric) for metric in ("state_updates", row.score)]
+        marker = {"color": style.colour(policy) if kind.draws else shade, "marker": "o", "markersize": 3.5}
+        marks = {"linestyle": "none", "elinewidth": 0.7, "zorder": 2}
+        (x, across), (y, up) = ours
+        handle = axes.errorbar(x, y, up, across, **marker, **marks, label=style.budget(model))
+        label = f"random {kind.family}s" if kind.draws else kind.label.format("RNN")
+        if kind.learned:
+            label += f", {style.budget(model)}"
+        if not kind.learned or index in shown:
+            handles[label] = handle
+        if row.score in row.published and "state_updates" in row.published:
+            (x, across), (y, up) = (_published(row, metric) for metric in ("state_updates", row.score))
+            hollow = marker | {"markerfacecolor": "white", "markersize": 4.5, "marker": "D"}
+            handles["hollow: published"] = axes.errorbar(x, y, up, across, **hollow, **marks, label="published")
+    return dict(sorted(handles.items(), key=lambda one: one[0].startswith("hollow")))
 
 
-def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> None:
-    """One model's points, each with its budget beside it."""
-    points = sorted((row.test("state_updates") + row.test(row.score), row.budget) for row in rows)
-    x, x_error, y, y_error = np.array([point for point, _ in points]).T
-    style: dict[str, Any] = {
-        "color": colour(policy),
-        "linewidth": 1,
-        "elinewidth": 0.6,
-        "marker": "o",
-        "markersize": 3,
-    }
-    axes.errorbar(x, y, y_error, x_error, label=curve_label(policy), **style)
-    edge = 0.1 * rows[0].records[0]["steps"]  # left of it a text would run into the axis
-    for number, (_, budget) in enumerate(points):
-        side = 1 if POLICIES[policy].draws or x[number] < edge else -1
-        beside = min(max(number + side, 0), len(points) - 1)
-        axes.annotate(
-            budget.rpartition(" ")[2],
-            (x[number], y[number]),
-            (3 * side, -6 if y[beside] > y[number] else 3),  # the curve leaves room below it where it comes from above
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            fontsize=5,
-        )
+def _budget_of(point: tuple[Row, str]) -> tuple[float, float]:
+    model = point[0].run.model
+    return model.p_skip or 0.0, model.cost_per_sample
+
+
+def _published(row: Row, metric: str) -> tuple[float, float]:
+    """Mean and standard deviation, 0 where none is published."""
+    value = row.published[metric]
+    return tuple(value) if isinstance(value, list) else (value, 0.0)
+
+
+def _label(row: Row) -> str:
+    """Of a row's curve, with how many of its runs have one, if not all."""
+    shown = len(row.curves["validation/state_updates"])
+    return style.described(row.run.model) + (f", {shown} of {len(row.runs)} runs" if shown < len(row.runs) else "")
+
+
+def _with_curves(rows: Sequence[Row]) -> list[Row]:
+    """Raises ConfigError: none has its metrics.csv, or of one epoch only."""
+    rows = [row for row in rows if row.curves["validation/state_updates"].shape[1] > 1]
+    if not rows:
+        raise ConfigError("a curve needs metrics.csv of two epochs")
+    return rows
+
+
+def _draw_curves(axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], np.ndarray]) -> None:
+    """Mean and range of each row; the first lines are the widest, so that none is hidden under another."""
+    shades = style.shades([row.run.model for row in rows])
+    widths = np.linspace(1.8, 0.8, len(rows))
+    for row, shade, width in zip(rows, shades, widths, strict=True):
+        mean, low, high = spread(row.curves[f"validation/{metric}"])
+        axes.fill_between(x(row), low, high, color=shade, alpha=0.2, linewidth=0)
+        axes.plot(x(row), mean, color=shade, linewidth=width, label=_label(row))
 
 
 @matplotlib.rc_context(STYLE)
-def curves(rows: Sequence[Row]) -> Figure:
+def curves(title: str, rows: Sequence[Row], alike: Sequence[Row]) -> Figure:
     """Validation score and state updates by epoch: mean, and the range over the seeds.
 
     The legend says so where only some of a row's complete runs have their metrics.csv.
 
+    Args:
+        title: of the panel.
+        rows: its rows.
+        alike: with which it shares its scale: LSTM and GRU are to be compared.
+
     Raises:
         ConfigError: no run has its metrics.csv, or of one epoch only.
     """
-    rows = [row for row in rows if (done := row.epochs("state_updates")) is not None and done.shape[1] > 1]
-    if not rows:
-        raise ConfigError("a curve needs metrics.csv of two epochs")
-    figure = Figure((WIDTH, 3.2 + 0.09 * len(rows)))
+    rows = _with_curves(rows)
+    figure = Figure((WIDTH, 3.4 + 0.09 * len(rows)))
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
-    for row, colour in zip(rows, shades(rows), strict=True):
-        for axes, metric in ((upper, score), (lower, "state_updates")):
-            values = row.epochs(metric)
-            assert values is not None
-            shown, epochs = len(values), np.arange(1, values.shape[1] + 1)
-            some = f"{shown} of {len(row.runs)} runs" if shown < len(row.runs) else ""
-            label = ", ".join(filter(None, (row.name, row.budget, some)))
-            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-            axes.plot(epochs, values.mean(0), color=colour, label=label)
-    upper.set_ylabel(f"validation {SCORES[score]}")
-    upper.set_yscale("log" if score == "mse" else "linear")
+    for axes, metric in ((upper, score), (lower, "state_updates")):
+        _draw_curves(axes, rows, metric, lambda row: 1 + np.arange(row.curves[f"validation/{metric}"].shape[1]))
+        axes.set_yscale("log" if metric == "mse" else "linear")
+        same = [row.curves[f"validation/{metric}"] for row in _with_curves(alike) if row.score == score]
+        axes.set_ylim(*limits([value[np.isfinite(value)] for value in same], axes.get_yscale()))
+    upper.set(title=f"{title}, {place(rows)}", ylabel=f"validation {SCORES[score]}")
     lower.set(xlabel="epoch", ylabel="state updates", ylim=(0, None))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    what = spread_over(rows, "line: mean, band: range")
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=what)
     return figure
 
 
-def shades(rows: Sequence[Row]) -> list[np.ndarray]:
-    """A colour per row: its policy's, paler for the first rows of that policy."""
-    colours = []
-    policies = [row.run.model.policy for row in rows]
-    for index, policy in enumerate(policies):
-        paleness = 0.7 * (policies[index:].count(policy) - 1) / max(policies.count(policy) - 1, 1)
-        colours.append(np.array(to_rgb(colour(policy))) * (1 - paleness) + paleness)
-    return colours
+def limits(values: Sequence[np.ndarray], scale: str) -> tuple[float, float]:
+    """Of an axis that shows all of these."""
+    low, high = min(value.min() for value in values), max(value.max() for value in values)
+    if scale == "log":
+        return (low / 1.2 or high / 10), high * 1.2
+    return low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
 
 
-def pictures(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
+@matplotlib.rc_context(STYLE)
+def learning(rows: Sequence[Row]) -> Figure:
+    """Validation score against training steps and against seconds of training: mean, and the range over the seeds.
+
+    Raises:
+        ConfigError: no run has its metrics.csv, or of one epoch only.
+    """
+    found = panels(_with_curves(rows))
+    rows = [row for members in found.values() for row in members]
+    used = clock([row.curves for row in rows])
+    figure = Figure((WIDE, 0.6 + 1.8 * len(found) + 0.06 * len(rows)))
+    grid = figure.subplots(len(found), 2, sharey=len({row.score for row in rows}) == 1, sharex="col", squeeze=False)
+    handles: dict[str, Any] = {}
+    for (by_step, by_second), (title, members) in zip(grid, found.items(), strict=True):
+        score = members[0].score
+
+        def steps(row: Row) -> np.ndarray:
+            epochs = 1 + np.arange(row.curves["validation/state_updates"].shape[1])
+            return epochs * steps_per_epoch(row.records[0])
+
+        for axes, x in ((by_step, steps), (by_second, lambda row: row.curves.seconds(used))):
+            _draw_curves(axes, members, score, x)
+            axes.set(title=f"{title}, {place(members)}", yscale="log" if score == "mse" else "linear")
+        by_step.set(xlabel="training step", ylabel=f"validation {SCORES[score]}")
+        of_clock = "of CPU time" if used == "cpu_seconds" else "passed"
+        by_second.set_xlabel(f"seconds {of_clock}, training and validation")
+        for axes in (by_step, by_second):
+            axes.label_outer()
+        handles |= dict(zip(*by_step.get_legend_handles_labels()[::-1], strict=True))
+    what = spread_over(rows, "line: mean, band: range")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, title=what)
+    return figure
+
+
+def pictures(rows: Sequence[Row], every: bool = True) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
     """Name and drawing of each figure, or of an HTML page, that the rows ask for.
+
+    Args:
+        every: also those that take long, curves by epoch and what best runs read.
 
     The drawings raise ConfigError or DataError where something is missing.
     """
     yield "tradeoff", partial(tradeoff, rows)
+    yield "learning", partial(learning, rows)
+    if not every:
+        return
     for title, members in panels(rows).items():
-        yield f"curves-{re.sub(r'[^a-z0-9.]+', '-', title.lower())}", partial(curves, members)
+        yield f"curves-{re.sub(r'[^a-z0-9.]+', '-', title.lower())}", partial(curves, title, members, rows)
     for row in rows:
         name = f"{row.number}-{row.run.row}"
         draw = usage.of_policy(POLICIES[row.run.model.policy])
@@ -305,12 +354,15 @@ def write(picture: Figure | str, stem: Path) -> list[Path]:
     return files
 
 
-def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path | None = None) -> str:
+def publish(
+    experiment: Experiment, planned: Sequence[PlannedRun], folder: Path | None = None, every: bool = True
+) -> str:
     """Draw what the complete runs allow; returns what was written, and what was left out and why.
 
     Args:
-        experiment, planned: as from skiprnn.papers.plan.
+        experiment, planned: as from skiprnn.papers.plan.apart.
         folder: of the experiment's table, below which the figures go; None: where skiprnn.tables puts it.
+        every: as of `pictures`.
 
     Raises:
         ConfigError: no run is complete.
@@ -322,24 +374,9 @@ def publish(experiment: Experiment, planned: Sequence[PlannedRun], folder: Path 
     target.mkdir(parents=True, exist_ok=True)
     done = sum(len(row.runs) for row in rows)
     lines = [f"{done} of {len(planned)} runs are complete; figures in {target}/"]
-    for name, draw in track(list(pictures(rows)), "drawing", transient=True, console=Console(stderr=True)):
+    for name, draw in track(list(pictures(rows, every)), "drawing", transient=True, console=Console(stderr=True)):
         try:
             lines += [f"  {file.name}" for file in write(draw(), target / name)]
         except (ConfigError, DataError) as error:
             lines.append(f"  left out: {name}: {str(error).splitlines()[0]}")
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Draw an experiment's figures from the records and checkpoints that exist."""
-    try:
-        experiment, planned, folder = plan.requested(arguments)
-        if not experiment:
-            raise ConfigError("experiment=NAME is missing: which figures?")
-        print(publish(experiment, planned, folder))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
