@@ -205,9 +205,12 @@ def table(report: dict) -> Table:
 
 def plot(report: dict, path: Path) -> None:
     """Time against update rate, beside torch.nn's: a straight line through nearly zero is the aim."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     from skiprnn.views.style import PALETTE, STYLE, WIDTH
 
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = Figure((WIDTH, 2.4))
         axes = figure.subplots()
         whole = {(one["shape"], one["cell"], one["task"]): one["seconds"] for one in report["default"]["times"]}

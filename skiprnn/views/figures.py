@@ -224,6 +224,11 @@ def _with_curves(rows: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def epochs(row: Row) -> np.ndarray:
+    """From 1, of its curves."""
+    return 1 + np.arange(row.curves["validation/state_updates"].shape[1])
+
+
 def _draw_curves(axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], np.ndarray]) -> None:
     """Mean and range of each row; the first lines are the widest, so that none is hidden under another."""
     shades = style.shades([row.run.model for row in rows])
@@ -253,7 +258,7 @@ def curves(title: str, rows: Sequence[Row], alike: Sequence[Row]) -> Figure:
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
     for axes, metric in ((upper, score), (lower, "state_updates")):
-        _draw_curves(axes, rows, metric, lambda row: 1 + np.arange(row.curves[f"validation/{metric}"].shape[1]))
+        _draw_curves(axes, rows, metric, epochs)
         axes.set_yscale("log" if metric == "mse" else "linear")
         same = [row.curves[f"validation/{metric}"] for row in _with_curves(alike) if row.score == score]
         axes.set_ylim(*limits([value[np.isfinite(value)] for value in same], axes.get_yscale()))
@@ -290,11 +295,10 @@ def learning(rows: Sequence[Row]) -> Figure:
     for (by_step, by_second), (title, members) in zip(grid, found.items(), strict=True):
         score = members[0].score
 
-        def steps(row: Row) -> np.ndarray:
-            epochs = 1 + np.arange(row.curves["validation/state_updates"].shape[1])
-            return epochs * steps_per_epoch(row.records[0])
-
-        for axes, x in ((by_step, steps), (by_second, lambda row: row.curves.seconds(used))):
+        for axes, x in (
+            (by_step, lambda row: epochs(row) * steps_per_epoch(row.records[0])),
+            (by_second, lambda row: row.curves.seconds(used)),
+        ):
             _draw_curves(axes, members, score, x)
             axes.set(title=f"{title}, {place(members)}", yscale="log" if score == "mse" else "linear")
         by_step.set(xlabel="training step", ylabel=f"validation {SCORES[score]}")

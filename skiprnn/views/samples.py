@@ -34,7 +34,7 @@ from skiprnn.model.policies import POLICIES, Policy
 from skiprnn.training.config import ConfigError
 from skiprnn.training.measures import state_updates
 from skiprnn.training.module import SequenceModule
-from skiprnn.views.style import SKIPPED, STYLE, USED, WIDTH
+from skiprnn.views.style import SKIPPED, STYLE, USED, WIDTH, described
 
 PADDING_SHADE = 0.4  # of red and blue over padded frames
 
