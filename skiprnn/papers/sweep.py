@@ -1,5 +1,6 @@
 """A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skiprnn.papers import experiments, plan, table
+from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
 from skiprnn.training.config import ConfigError, RunConfig, packaged
@@ -29,6 +31,7 @@ def run(
     find_place: Callable[[Path], Place],
     command: str,
     draw: Draw,
+    draw_figures: Callable[[Experiment, list[PlannedRun]], str],
 ) -> None:
     """Carry out a sweep; exits with status 1 if a run failed, after all others were tried.
 
@@ -40,6 +43,7 @@ def run(
         find_place: where to train runs whose folders are in a folder.
         command: the overrides as typed.
         draw: the picture of what a network uses, for the run folder.
+        draw_figures: of complete runs, beside their table; says what they are.
     """
     job.quieten()
     try:
@@ -62,9 +66,16 @@ def run(
         sys.exit(job.INTERRUPTED)
     if reasons is None:
         return
-    if experiment:
+    for one, runs in plan.apart(experiment or plan.plain(command), planned):
         print()
-        print(table.publish(experiment, planned))
+        print(table.publish(one, runs))
+        if any(run.folder.complete for run in runs):
+            print(draw_figures(one, runs))
+    again = shlex.join(one for one in command.split() if not one.startswith(("hydra/", "hydra.")))
+    print(
+        f"Next: python -m skiprnn.dashboard {planned[0].run.output}, each run beside the others; "
+        f"python -m skiprnn.figures {again}, also what the best runs read"
+    )
     failures = [
         f"  {one.run.name}: {reasons.get(one.run.name) or one.folder.failure}"
         f"{f'; delete {one.folder.failure_file} to try again' if one.folder.diverged else ''}"
@@ -142,7 +153,7 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
 
 
 def tell_other_profiles(
-    experiment: experiments.Experiment,
+    experiment: Experiment,
     grid: Sequence[Sequence[str]],
     compose: Callable[[Sequence[str]], DictConfig],
     todo: Sequence[PlannedRun],

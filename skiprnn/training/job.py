@@ -72,6 +72,8 @@ def prepare_process(run: RunConfig) -> None:
 def quieten() -> None:
     """Lightning's remarks on its own set-up say nothing to our users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for remark in ("The `srun` command is available", "`isinstance\\(treespec, LeafSpec\\)` is deprecated"):
+        warnings.filterwarnings("ignore", remark)  # which point at no module of theirs
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
