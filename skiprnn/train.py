@@ -30,7 +30,7 @@ def train(config: DictConfig) -> float:
 
     Returns:
         What other sweepers of Hydra's search by: the best validation score or, with target_updates, how far from it
-        the share of the steps is that were updates, of the validation set at that epoch.
+        the updates of the validation set are at the last epoch, as a share of the steps.
     """
     job.quieten()
     try:
@@ -52,7 +52,7 @@ def train(config: DictConfig) -> float:
     target = configs.read_sweep(config).target_updates
     if target is None:
         return best["validation"][score]
-    return abs(best["validation"]["state_updates"] / record["steps"] - target)
+    return abs(record["final"]["validation"]["state_updates"] / record["steps"] - target)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+import torch
+from joblib import cpu_count
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +25,7 @@ from skiprnn.training.job import Draw
 from skiprnn.training.workers import Place, packed
 
 ROWS_TOLD = 40  # more of them are summed up by data set and model
+WORTH_IT, FASTER = 60.0, 1.5  # seconds of a sweep, and times as fast: less is not worth a word
 
 
 def run(
@@ -55,6 +58,8 @@ def run(
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
         plan.save_plan(experiment, command, planned)  # what cannot work was refused, and leaves nothing
+        if len(todo) > 1 and place.here and not place.gpu and place.workers == 1:
+            tell_processes(todo, seconds)
         if experiment and todo and place.here and not place.gpu:
             tell_other_profiles(experiment, grid, compose, todo, seconds, place.workers)
         # the longest first: none is left alone at the end
@@ -150,6 +155,25 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
         soft_wrap=True,
     )
     return measured
+
+
+def tell_processes(todo: Sequence[PlannedRun], seconds: Mapping[str, float]) -> None:
+    """Say how much sooner a process per core would be done, where that is worth it."""
+    total = sum(seconds[kind_of(one)] * (one.run.training.epochs - one.folder.epochs_done()) for one in todo)
+    workers = min(cpu_count(), len(todo))
+    if total < WORTH_IT or workers == 1:
+        return
+    threads = torch.get_num_threads()
+    with Console().status("measuring a few steps on one thread"):
+        alone = seconds_per_epoch(replace(todo[0].run, threads=1))
+    torch.set_num_threads(threads)
+    gain = workers * seconds[kind_of(todo[0])] / alone
+    if gain >= FASTER:
+        Console().print(
+            f"With hydra/launcher=processes threads=1, {workers} at once, about {duration(total / gain)}: "
+            f"{gain:.1f} times as fast.",
+            soft_wrap=True,
+        )
 
 
 def tell_other_profiles(

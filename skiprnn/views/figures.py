@@ -181,21 +181,23 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> dict[str, A
     shown = np.linspace(0, len(points) - 1, min(SHADES, len(points))).round()
     handles = {}
     for index, (row, shade) in enumerate(points):
-        model = row.run.model
-        ours = [row.test(metric) for metric in ("state_updates", row.score)]
-        marker = {"color": style.colour(policy) if kind.draws else shade, "marker": "o", "markersize": 3.5}
-        marks = {"linestyle": "none", "elinewidth": 0.7, "zorder": 2}
-        (x, across), (y, up) = ours
-        handle = axes.errorbar(x, y, up, across, **marker, **marks, label=style.budget(model))
+        (x, across), (y, up) = row.test("state_updates"), row.test(row.score)
+        look: dict[str, Any] = {
+            "color": style.colour(policy) if kind.draws else shade,
+            "marker": "o",
+            "markersize": 3.5,
+        }
+        look |= {"linestyle": "none", "elinewidth": 0.7, "zorder": 2}
+        handle = axes.errorbar(x, y, up, across, **look)
         label = f"random {kind.family}s" if kind.draws else kind.label.format("RNN")
         if kind.learned:
-            label += f", {style.budget(model)}"
+            label += f", {style.budget(row.run.model)}"
         if not kind.learned or index in shown:
             handles[label] = handle
         if row.score in row.published and "state_updates" in row.published:
             (x, across), (y, up) = (_published(row, metric) for metric in ("state_updates", row.score))
-            hollow = marker | {"markerfacecolor": "white", "markersize": 4.5, "marker": "D"}
-            handles["hollow: published"] = axes.errorbar(x, y, up, across, **hollow, **marks, label="published")
+            hollow = look | {"markerfacecolor": "white", "markersize": 4.5, "marker": "D"}
+            handles["hollow: published"] = axes.errorbar(x, y, up, across, **hollow)
     return dict(sorted(handles.items(), key=lambda one: one[0].startswith("hollow")))
 
 

@@ -142,7 +142,8 @@ def progress(one: PlannedRun, row: int, locked: set[int], tell: Tell) -> dict[st
     state = folder.state(locked)
     if damage := folder.damage:
         tell(damage)
-    epochs, moved, results = planned, "", [None, None]
+    epochs, moved = planned, ""
+    results: list[float | None] = [None, None]
     if state == "complete":
         test = folder.record()["best"]["test"]
         results = [short(test["mse"] if "mse" in test else test["accuracy"]), short(test["state_updates"])]
