@@ -66,15 +66,18 @@ class Page(WandbLogger):
 
     AGAINST = "against state updates"
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        score = next(name for name in measures.SCORES.values() if f"validation/{name}" in metrics)
-        if not self.begun:
-            self.experiment.define_metric("validation/state_updates")
-            self.experiment.define_metric(f"{self.AGAINST}/{score}", step_metric="validation/state_updates")
-            self.begun = True
-        super().log_metrics({**metrics, f"{self.AGAINST}/{score}": metrics[f"validation/{score}"]}, step)
-
     begun = False
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Also called with a picture."""
+        for score in measures.SCORES.values():
+            if (value := metrics.get(f"validation/{score}")) is not None:
+                metrics = {**metrics, f"{self.AGAINST}/{score}": value}
+                if not self.begun:
+                    self.experiment.define_metric("validation/state_updates")
+                    self.experiment.define_metric(f"{self.AGAINST}/{score}", step_metric="validation/state_updates")
+                    self.begun = True
+        super().log_metrics(metrics, step)
 
 
 def page_options(run: RunConfig) -> dict[str, Any]:
