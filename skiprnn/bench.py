@@ -203,27 +203,26 @@ def table(report: dict) -> Table:
     return result
 
 
-def plot(report: dict, path: Path) -> None:
+def draw(report: dict) -> Any:
     """Time against update rate, beside torch.nn's: a straight line through nearly zero is the aim."""
-    from matplotlib import rc_context
+    from matplotlib import rc_context  # here: what is imported is no part of a training step's memory
     from matplotlib.figure import Figure
 
-    from skiprnn.views.style import PALETTE, STYLE, WIDTH
+    from skiprnn.views import style
 
-    with rc_context(STYLE):
-        figure = Figure((WIDTH, 2.4))
+    with rc_context(style.STYLE):
+        figure = Figure((style.WIDTH, 2.4))
         axes = figure.subplots()
         whole = {(one["shape"], one["cell"], one["task"]): one["seconds"] for one in report["default"]["times"]}
-        for (task, times), colour in zip(report["default"]["curve"].items(), PALETTE, strict=False):
-            rates, torch_ms = [100 / int(n) for n in times], 1e3 * whole["mnist", "lstm", task]["torch"]
-            axes.plot(
-                rates, [1e3 * t for t in times.values()], "o-", markersize=3, color=colour, label=f"Skip LSTM, {task}"
-            )
-            axes.axhline(torch_ms, color=colour, linestyle="--", label=f"nn.LSTM, {task}")
+        for (task, times), colour in zip(report["default"]["curve"].items(), style.PALETTE, strict=False):
+            rates, milliseconds = [100 / int(n) for n in times], [1e3 * t for t in times.values()]
+            axes.plot(rates, milliseconds, "o-", markersize=3, color=colour, label=f"Skip LSTM, {task}")
+            of_torch = 1e3 * whole["mnist", "lstm", task]["torch"]
+            axes.axhline(of_torch, color=colour, linestyle="--", label=f"nn.LSTM, {task}")
         axes.set(xlabel="state updates, % of the steps", ylabel="ms per batch", xlim=(0, None), ylim=(0, None))
         axes.set_title("B=256, T=784, H=110; median of repetitions")
         figure.legend(loc="outside lower center", ncols=2)
-        figure.savefig(path)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["gpu"] = bench_gpu.measure(torch.device("cuda"), given.repetitions)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "bench.json").write_text(json.dumps(report, indent=1))
-    plot(report, given.output / "time-against-rate.png")
+    draw(report).savefig(given.output / "time-against-rate.png", dpi=300)
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table(report))
     if "gpu" in report:

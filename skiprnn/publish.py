@@ -21,11 +21,11 @@ from skiprnn.model import pretrained
 from skiprnn.model.policies import POLICIES
 from skiprnn.model.recurrent import CLASSES, Recurrent
 from skiprnn.papers import plan
+from skiprnn.papers.records import WEIGHTS, weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, write_atomically
 
-FILE = f"model{pretrained.SUFFIX}"
 CARD = """\
 ---
 library_name: skiprnn
@@ -115,7 +115,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         device=record["device"],
         engine=record["engine"],
         key=pretrained.KEY,
-        file=FILE,
+        file=WEIGHTS,
         input_size=tensors["rnn.layers.0.weight_ih"].shape[1],
         embedding=embedding if "embedding.weight" in tensors else "",
     )
@@ -130,7 +130,7 @@ def export(run: RunFolder, folder: Path) -> Path:
     """Write the weights and the model card of a complete run below folder/checkpoints; returns the weights' path."""
     checkpoint, record = run.checkpoint(run.best), run.record()
     tensors = {name.removeprefix("network."): tensor for name, tensor in checkpoint["state_dict"].items()}
-    target = folder / "checkpoints" / record["name"] / FILE
+    target = weights_file(folder, record["name"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, pretrained.serialise(record, tensors))
     write_atomically(target.with_name("README.md"), card(record, tensors).encode())

@@ -11,6 +11,7 @@ from conftest import SMALL, compose, make_small_ucf101, trained
 from matplotlib.colors import to_rgb
 from test_data_ucf101 import film
 
+from skiprnn import bench
 from skiprnn import figures as command
 from skiprnn.data.base import MIRROR
 from skiprnn.papers import plan
@@ -213,10 +214,35 @@ def test_only_complete_runs_count_and_the_best_on_validation_is_shown(tmp_path):
     (row,) = figures.complete(runs)
     assert len(row.runs) == 3
     assert row.test("mse") == (pytest.approx(0.2), pytest.approx(0.1))
-    assert row.best() == runs[1].folder
+    assert row.best() == runs[1].folder.best
     runs[1].folder.best.unlink()  # the others', though here, would not show the row's best
     with pytest.raises(ConfigError, match=f"{runs[1].run.name}: .* the checkpoint is not"):
         row.best()
+    published = tmp_path / "published" / "checkpoints" / runs[1].run.name / "model.safetensors"
+    published.parent.mkdir(parents=True)
+    published.touch()
+    (row,) = figures.complete(runs, tmp_path / "published")
+    assert row.best() == published
+
+
+def test_every_picture_names_model_cost_and_data():
+    skip, neurons = (lively(f"model={model}", "model.cost_per_sample=1e-3") for model in ("skip_lstm", "sa_gru"))
+    (legend,) = usage.usage(skip).legends
+    assert legend.get_title().get_text() == "Skip LSTM, λ = 1e-3, digits"
+    assert usage.neurons(neurons).get_suptitle().startswith("SA-GRU, λ = 1e-3, digits: ")
+
+
+def test_time_against_rate_is_drawn_beside_torchs(tmp_path):
+    times = [
+        {"shape": "mnist", "cell": "lstm", "task": task, "seconds": {"torch": seconds}}
+        for task, seconds in (("train", 2.0), ("infer", 0.5))
+    ]
+    curve = {"train": {"1": 1.5, "2": 0.8}, "infer": {"1": 0.4, "2": 0.2}}
+    axes = bench.draw({"default": {"times": times, "curve": curve}}).axes[0]
+    drawn = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    assert drawn["nn.LSTM, train"] == 2000
+    assert drawn["nn.LSTM, infer"] == 500
+    assert drawn["Skip LSTM, train"] == 1500
 
 
 # what a network reads

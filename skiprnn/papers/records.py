@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from skiprnn.model import pretrained
 from skiprnn.papers.experiments import Row
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training.config import ConfigError, RunConfig
@@ -125,6 +126,19 @@ def read(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is damaged; delete it") from None
     return record if "error" in record else read_record(file, run)
+
+
+WEIGHTS = f"model{pretrained.SUFFIX}"
+
+
+def weights_file(published: Path, name: str) -> Path:
+    """Where the weights of a run are published.
+
+    Args:
+        published: folder of published results.
+        name: of the run.
+    """
+    return published / "checkpoints" / name / WEIGHTS
 
 
 def exchange(planned: Sequence[PlannedRun], published: Path) -> None:

@@ -34,7 +34,7 @@ from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.papers.records import steps_per_epoch
+from skiprnn.papers.records import steps_per_epoch, weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
@@ -57,6 +57,7 @@ class Row:
     runs: list[RunFolder]
     records: list[dict[str, Any]]
     published: dict[str, Any] = field(default_factory=dict)  # metric: [mean, std], or a number
+    folder: Path | None = None  # of published results, where weights may be that are not in the run's folder
 
     @property
     def run(self) -> RunConfig:
@@ -80,26 +81,32 @@ class Row:
         most = max((len(columns["epoch"]) for columns in found), default=0)
         return Curves.of([columns for columns in found if len(columns["epoch"]) == most])
 
-    def best(self) -> RunFolder:
-        """The run with the best validation score.
+    def best(self) -> Path:
+        """The checkpoint of the run with the best validation score, its own or the published one.
 
         Raises:
-            ConfigError: its checkpoint is not here; another run's would not show what the row can do.
+            ConfigError: it is not here; another run's would not show what the row can do.
         """
         scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
         run = self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
-        if not run.best.exists():
+        published = [weights_file(self.folder, run.run.name)] if self.folder else []
+        found = next((file for file in (run.best, *published) if file.exists()), None)
+        if not found:
             raise ConfigError(f"{run.path}: the record is here, the checkpoint is not")
-        return run
+        return found
 
 
-def complete(planned: Sequence[PlannedRun]) -> list[Row]:
-    """The rows that have complete runs, in the plan's order."""
+def complete(planned: Sequence[PlannedRun], folder: Path | None = None) -> list[Row]:
+    """The rows that have complete runs, in the plan's order.
+
+    Args:
+        folder: of published results, if there are.
+    """
     rows = []
     for number, (row, group) in enumerate(groupby(planned, lambda one: one.row), start=1):
         runs = [one.folder for one in group if one.folder.complete]
         if runs:
-            rows.append(Row(number, runs, [run.record() for run in runs], row.published))
+            rows.append(Row(number, runs, [run.record() for run in runs], row.published, folder))
     return rows
 
 
@@ -340,7 +347,7 @@ def pictures(rows: Sequence[Row], every: bool = True) -> Iterator[tuple[str, Cal
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
     """A picture of the row's best run, from its checkpoint."""
     run = row.run
-    return draw(load(row.best().best, data_root=run.data_root, device=run.device, threads=run.threads))
+    return draw(load(row.best(), data_root=run.data_root, device=run.device, threads=run.threads))
 
 
 @matplotlib.rc_context(STYLE)
@@ -373,7 +380,7 @@ def publish(
     Raises:
         ConfigError: no run is complete.
     """
-    rows = complete(planned)
+    rows = complete(planned, folder)
     if not rows:
         raise ConfigError(f"output={planned[0].run.output}: none of the {len(planned)} runs is complete")
     target = (folder or experiment.folder(planned[0].run)) / "figures"
