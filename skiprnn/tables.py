@@ -17,6 +17,9 @@ def main(arguments: Sequence[str]) -> None:
     """Render the table of an experiment or a grid from the records that exist."""
     try:
         experiment, planned, folder = plan.requested(arguments)
+        if not experiment.name and not any(one.folder.complete for one in planned):
+            none = f"output={planned[0].run.output}: none of the {len(planned)} runs is complete"
+            raise ConfigError(f"{none}; a table of the papers has a name, experiment=NAME")
         for one, runs in plan.apart(experiment, planned, folder):
             print(table.publish(one, runs, folder, arguments))
         if damages := [damage for one in planned if (damage := one.folder.damage)]:
