@@ -3,11 +3,14 @@
     python examples/own_time_series.py data.csv --target load --horizon 4
     python examples/own_time_series.py                    # without a file: two noisy waves are drawn and stored
 
-Every row of the file is a step, every numeric column an input. The first 80 % of the rows are for training. From a
-window of rows the network says what the target is `horizon` rows later; a cost λ per row read makes it read fewer.
+Every row of the file is a step, every numeric column an input; commas, semicolons (with decimal commas as well) and
+tabs separate. Rows are put in the order of a column of dates if there is one, gaps are filled with the value before;
+what is left out or filled is said before training. The first 80 % of the rows are for training. From a window of rows
+the network says what the target is `horizon` rows later; a cost λ per row read makes it read fewer.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -29,8 +32,8 @@ class Forecaster(nn.Module):
         self.readout = nn.Linear(hidden_size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, state, updates = self.rnn(x)
-        return self.readout(state.h[-1]).squeeze(1), updates
+        _, (h, _), updates = self.rnn(x)
+        return self.readout(h[-1]).squeeze(1), updates
 
 
 def made_up(path: Path, rows: int = 1500) -> None:
@@ -44,12 +47,38 @@ def made_up(path: Path, rows: int = 1500) -> None:
 def read(path: Path, target: str | None) -> tuple[pd.DataFrame, str]:
     """The numeric columns, gaps filled with the value before; and the target's name, by default the last column's."""
     try:
-        table = pd.read_csv(path).select_dtypes("number").ffill().bfill()
+        first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
+        separator = max(",;\t", key=first.count)
+        parsed = [pd.read_csv(path, sep=separator, decimal=mark) for mark in (".," if separator == ";" else ".")]
     except (OSError, ValueError) as error:
         sys.exit(f"error: cannot read {path}: {error}")
+    everything = max(parsed, key=lambda table: table.select_dtypes("number").shape[1])
+    everything.columns = [str(name).strip() for name in everything.columns]
+    table = everything.select_dtypes("number").replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
+    others = [name for name in everything if name not in table]
+    for name in others:
+        dates = pd.to_datetime(everything[name], errors="coerce", format="mixed")
+        if everything[name].dtype != float and dates.notna().all() and not dates.is_monotonic_increasing:
+            print(f"rows are put in the order of {name}")
+            table = table.iloc[dates.argsort(kind="stable")]
+            break
     if table.empty or (target and target not in table):
         sys.exit(f"error: {path} has the numeric columns {', '.join(table) or '(none)'}; choose one by --target")
-    return table, target or table.columns[-1]
+    if others:
+        print(f"left out, for they are not numbers: {', '.join(others)}")
+    for name, missing in table.isna().sum().items():
+        if missing:
+            print(f"{name}: {missing} of {len(table)} values are missing, filled with the value before")
+    return table.ffill().bfill(), target or table.columns[-1]
+
+
+def writable(path: Path) -> None:
+    """Ends here, not after training, if no picture can be written there."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        sys.exit(f"error: --plot {path} must end with one of {', '.join(sorted(kinds))}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        sys.exit(f"error: --plot {path} cannot be written: {path.parent} is no folder that takes files")
 
 
 def windows(values: Tensor, target: int, length: int, horizon: int) -> tuple[Tensor, Tensor]:
@@ -58,14 +87,16 @@ def windows(values: Tensor, target: int, length: int, horizon: int) -> tuple[Ten
     return x.contiguous(), values[length + horizon - 1 :, target]
 
 
-def train(network: Forecaster, x: Tensor, y: Tensor, cost: float, epochs: int, batch_size: int = 64) -> None:
+def train(network: Forecaster, x: Tensor, y: Tensor, cost: float, epochs: int, learning_rate: float) -> None:
     """Squared error + λ * rows read."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     for epoch in range(epochs):
         errors, read = [], []
-        for rows in torch.randperm(len(x)).split(batch_size):
+        for rows in torch.randperm(len(x)).split(64):
             forecast, updates = network(x[rows])
             error = (forecast - y[rows]).square().mean()
+            if not error.isfinite():
+                sys.exit(f"error: the error is {error.item()} in epoch {epoch + 1}: too large a --learning-rate?")
             optimizer.zero_grad()
             (error + cost * updates.sum(1).mean()).backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -100,9 +131,11 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=1, help="rows ahead (%(default)s)")
     parser.add_argument("--cost", type=float, default=1e-3, help="λ: cost of a row read (%(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="(%(default)s)")
     parser.add_argument("--plot", type=Path, default=Path("own_time_series.png"), help="(%(default)s)")
     given = parser.parse_args()
     torch.manual_seed(0)
+    writable(given.plot)
     if given.csv is None:
         given.csv = given.plot.with_suffix(".csv")
         made_up(given.csv)
@@ -115,7 +148,7 @@ def main() -> None:
     mean, deviation = known.mean(0), known.std(0).clamp(min=1e-6)
     x, y = windows((known - mean) / deviation, column, given.window, given.horizon)
     network = Forecaster(values.shape[1])
-    train(network, x, y, given.cost, given.epochs)
+    train(network, x, y, given.cost, given.epochs, given.learning_rate)
 
     x, y = windows((values[-held_out:] - mean) / deviation, column, given.window, given.horizon)
     with torch.no_grad():

@@ -8,20 +8,20 @@ from skiprnn.model.recurrent import (
     RandomSkipGRU,
     RandomSkipLSTM,
     Recurrent,
-    RecurrentState,
     SkipGRU,
     SkipLSTM,
 )
+from skiprnn.model.state import GatedState
 
 __all__ = [
     "GRU",
     "LSTM",
     "SAGRU",
     "SALSTM",
+    "GatedState",
     "RandomSkipGRU",
     "RandomSkipLSTM",
     "Recurrent",
-    "RecurrentState",
     "SkipGRU",
     "SkipLSTM",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skiprnn.papers import claims
-from skiprnn.training.config import ConfigError
+from skiprnn.training.config import ConfigError, arguments_of
 from skiprnn.training.folder import write_atomically
 
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
     """Judge the claims of experiments/claims.yaml by a folder's records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder of published results")
-    folder = parser.parse_args(arguments).results
+    folder = arguments_of(parser, arguments).results
     try:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: there is no such folder of published results")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from skiprnn.training.config import ConfigError
+from skiprnn.training.config import ConfigError, arguments_of
 from skiprnn.training.folder import write_atomically
 from skiprnn.views import page
 
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--results", type=Path, help="folder of published records, for the papers' claims (results)")
     parser.add_argument("--wandb", metavar="[ENTITY/]PROJECT", help="write the wandb workspace of this project instead")
-    given = parser.parse_args(arguments)
+    given = arguments_of(parser, arguments)
     results = given.results or Path("results")
     left_out: dict[str, None] = {}
     try:

@@ -155,7 +155,7 @@ def verify(files: Sequence[Path], settings: Settings) -> int:
         module = load(path, **settings.place)
         score = measures.SCORES[module.data.task]
         try:
-            test = read_checkpoint(path)["record"]["best"]["test"]
+            test = read_checkpoint(path)["record"]["final" if path.name == pretrained.LAST else "best"]["test"]
             recorded = {key: float(test[key]) for key in (score, "state_updates")}
         except (KeyError, TypeError, ValueError):
             raise ConfigError(f"checkpoint {path}: its record has no test results to compare with") from None

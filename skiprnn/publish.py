@@ -1,10 +1,11 @@
-"""Trained weights for others: the best checkpoint of each complete run as safetensors, with a model card.
+"""Trained weights for others: the checkpoints of each complete run as safetensors, with a model card.
 
     python -m skiprnn.publish experiment=table1 profile=mnist/cpu publish=results/mnist-cpu
     python -m skiprnn.publish model=skip_lstm data=digits seed=0 publish=FOLDER
 
 FOLDER/checkpoints/DATASET/ROW/seedK_HASH/
   model.safetensors    weights and the run's record, for SkipLSTM.from_pretrained and skiprnn.evaluate
+  last.safetensors     the same at the last epoch, where another was the best
   README.md            the model card
 """
 
@@ -18,10 +19,12 @@ from hydra.utils import get_class
 from torch import Tensor
 
 from skiprnn.model import pretrained
+from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
+from skiprnn.model.pretrained import FILE, LAST
 from skiprnn.model.recurrent import CLASSES, Recurrent
 from skiprnn.papers import plan
-from skiprnn.papers.records import WEIGHTS, weights_file
+from skiprnn.papers.records import weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, write_atomically
@@ -45,7 +48,7 @@ tags: [{data}, {kind}, adaptive-computation]
 
 ## Results
 
-The epoch with the best validation score, {epoch} of {epochs}. FLOPs are multiplications of the recurrent network.
+The epoch with the best validation score, {epoch} of {epochs}{last}. FLOPs are multiplications of the recurrent network.
 
 | | {score} | state updates of {steps} steps | inference FLOPs |
 | --- | --- | --- | --- |
@@ -63,10 +66,10 @@ The whole record is in the file's metadata, under `{key}`.
 from skiprnn import {kind}
 
 rnn = {kind}.from_pretrained("{file}", batch_first=True)  # the recurrent network alone
-output, state, updates = rnn(x)  # x (batch, steps, {input_size}) float32
+output, {state}, updates = rnn(x)  # x (batch, steps, {input_size}) float32
 ```
 
-The prediction is `readout.weight @ state.h[-1] + readout.bias`, with the tensors of those names in the file{embedding}.
+The prediction is `readout.weight @ h[-1] + readout.bias`, with the tensors of those names in the file{embedding}.
 `python -m skiprnn.evaluate checkpoint={file}` measures the whole network on the test set.
 
 ## Limits
@@ -99,6 +102,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         note=f". {note}" if note else "",
         epoch=best["epoch"] + 1,
         epochs=training["epochs"],
+        last=f"; `{LAST}` is the last" if record["final"]["epoch"] != best["epoch"] else "",
         score=score,
         steps=record["steps"],
         validation_score=f"{best['validation'][score]:{digits}}",
@@ -115,8 +119,9 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         device=record["device"],
         engine=record["engine"],
         key=pretrained.KEY,
-        file=WEIGHTS,
+        file=FILE,
         input_size=tensors["rnn.layers.0.weight_ih"].shape[1],
+        state="(h, c)" if len(CELLS[model["cell"]].state_names) > 1 else "h",
         embedding=embedding if "embedding.weight" in tensors else "",
     )
 
@@ -127,13 +132,22 @@ def _listed(settings: dict[str, Any], *but: str) -> str:
 
 
 def export(run: RunFolder, folder: Path) -> Path:
-    """Write the weights and the model card of a complete run below folder/checkpoints; returns the weights' path."""
-    checkpoint, record = run.checkpoint(run.best), run.record()
-    tensors = {name.removeprefix("network."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    """Write a complete run's weights and model card below folder/checkpoints; returns the path of the best weights."""
+    record = run.record()
     target = weights_file(folder, record["name"])
+    contents = {}
+    try:
+        files = {LAST: run.last} if record["final"]["epoch"] != record["best"]["epoch"] and run.last.exists() else {}
+        for name, checkpoint in (files | {FILE: run.best}).items():
+            weights = run.checkpoint(checkpoint)["state_dict"]
+            tensors = {key.removeprefix("network."): tensor for key, tensor in weights.items()}
+            contents[name] = pretrained.serialise(record, tensors)
+        contents["README.md"] = card(record, tensors).encode()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{run.record_file} is damaged ({error!r}); delete it, and train the run again") from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, pretrained.serialise(record, tensors))
-    write_atomically(target.with_name("README.md"), card(record, tensors).encode())
+    for name, content in contents.items():
+        write_atomically(target.with_name(name), content)
     return target
 
 

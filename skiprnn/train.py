@@ -12,6 +12,8 @@ import os
 import sys
 
 import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -37,8 +39,12 @@ def train(config: DictConfig) -> float:
         run = configs.read(config)
         if run.experiment:
             raise ConfigError(f"experiment={run.experiment} is many runs: add -m")
-        if not RunFolder(run).path.exists():
-            job.make_module(run)  # what cannot work is refused before anything is written
+        if run.pack and run.pack > 1:
+            raise ConfigError(f"pack={run.pack} is for many runs: add -m, and seed=0,1")
+        if HydraConfig.initialized():
+            command = HydraConfig.get()
+            configs.require_own_profile(command.runtime.choices)
+            configs.require_experiment(command.overrides.task)
         (record,) = job.train([run], picture)
     except job.USER_ERRORS as error:
         sys.exit(f"error: {error}")
@@ -59,14 +65,15 @@ def main() -> None:
     """The command, from sys.argv: Hydra's, and --detach, which makes a sweep on a cluster submit and not wait."""
     sys.argv[1:] = ["hydra.launcher.detach=true" if one == "--detach" else one for one in sys.argv[1:]]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be one line
+    configs.arguments_of(get_args_parser())
     try:
         train()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {configs.in_one_line(error)}")
+        sys.exit(f"error: {configs.in_one_line(error, sys.argv)}")
     except ValueError as error:
-        if "Config group override" not in str(error):
+        if not configs.is_of_hydra(error):
             raise
-        sys.exit(f"error: {error}, such as model=lstm")
+        sys.exit(f"error: {configs.in_one_line(error, sys.argv)}")
 
 
 if __name__ == "__main__":

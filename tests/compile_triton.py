@@ -72,8 +72,9 @@ def run_engine(cell: str, policy: str, layers: int, hidden: int, train: bool) ->
     rnn = Recurrent(cell, policy, 1, hidden, layers, engine="triton", batch_first=True, **options)
     with torch.set_grad_enabled(train):
         output, state, updates = rnn(torch.zeros(32, 16, 1))
+        h = state if isinstance(state, torch.Tensor) else state[0]
         if train:
-            loss = output.sum() + state.h.sum()
+            loss = output.sum() + h.sum()
             (loss + updates.sum() if updates.requires_grad else loss).backward()
 
 

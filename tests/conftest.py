@@ -62,6 +62,12 @@ def command(
     )
 
 
+def entries(state) -> list[torch.Tensor]:
+    """All tensors of a returned state: h, an LSTM's c, and the gate state, for layers of one size."""
+    parts = [state] if isinstance(state, torch.Tensor) else list(state)
+    return [*parts, *getattr(parts[0], "gate_state", ())]
+
+
 @contextmanager
 def triton_kernels():
     """The GPU engine's products in full precision, on a GPU or, interpreted, on the CPU; skips without Triton."""

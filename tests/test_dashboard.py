@@ -37,7 +37,8 @@ def output(tmp_path_factory):
     (single,) = scale.planned_runs([["model=gru", "data=adding", f"output={output}", "seed=7", "training.epochs=30"]])
     single.folder.open().release()
     test = {"mse": 0.25, "state_updates": 50.0, "inference_flops": 1e6}
-    single.folder.finish({key: {"epoch": 0, "test": test} for key in ("best", "final")})
+    facts = {"steps": 50, "solved_at": 1 / 600, "input_flops": 0.0}
+    single.folder.finish(facts | {key: {"epoch": 0, "validation": test, "test": test} for key in ("best", "final")})
     return output
 
 
@@ -180,6 +181,31 @@ def test_damaged_files_are_told_and_the_page_is_made_without_them(tmp_path, caps
     reasons = [run["reason"] for run in sweep["runs"] if run["state"] == "failed"]
     assert f"{record.record_file} is damaged; delete it" in reasons[0]
     assert f"{failure.failure_file} is damaged" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((("experiment", "columns"), value) for value in (None, "x", [], ["accuracy"], ["colour", "state_updates"])),
+        *((("rows", 0, "label"), value) for value in (None, True, [])),
+        *((("rows", 0, "published"), value) for value in (None, [1], {"accuracy": "x"}, {"accuracy": [1, None]})),
+        *((("profile",), value) for value in (None, [], {"name": "../x"}, {"note": 3})),
+        *((("rows", 0, "config", "data"), value) for value in (None, [], {"name": "../../x"})),
+    ],
+)
+def test_a_plan_that_cannot_be_shown_is_told_and_left_out(place, value, tmp_path):
+    plan.save_plan(Experiment("", "Many runs", "", ()), "model=...", scale.planned_runs(scale.grid(tmp_path, 2)))
+    (file,) = tmp_path.glob("sweeps/*.json")
+    content = json.loads(file.read_bytes())
+    part, told = content, []
+    for key in place[:-1]:
+        part = part[key]
+    assert dashboard.plans(tmp_path, told.append)
+    part[place[-1]] = value
+    file.write_text(json.dumps(content))
+    assert dashboard.plans(tmp_path, told.append) == []
+    assert len(told) == 1
+    assert str(file) in told[0]
 
 
 def test_folder_without_runs(tmp_path, capsys):

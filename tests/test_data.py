@@ -271,6 +271,24 @@ def test_without_network_and_mirror_one_error_names_both_ways_out(tmp_path, monk
         SequentialMNIST(root=str(tmp_path)).prepare()
 
 
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        *("", "http://", "http://[half", "http://127.0.0.1:port", "data://x", "unknown://x", "file://elsewhere/x"),
+        *("~nobody_of_this_name/x", "nowhere", "a b://c", "http://127.0.0.1:9/a b"),
+    ],
+)
+def test_a_mirror_that_is_none_gives_one_line(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv(MIRROR, mirror)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])
+    with pytest.raises(
+        DataError, match=rf"^cannot get mnist/{IMAGES}: .* or set {MIRROR} to a folder or URL"
+    ) as raised:
+        SequentialMNIST(root=str(tmp_path)).prepare()
+    assert "\n" not in str(raised.value)
+    assert mirror.rstrip("/") in str(raised.value)
+
+
 @needs_mnist
 @pytest.mark.parametrize("size", [0, 100_000])
 def test_a_truncated_file_is_named_with_the_remedy(tmp_path, monkeypatch, size):

@@ -1,5 +1,6 @@
 """IMDb against reviews written for the purpose, and against the first reviews of the published archive."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -161,6 +162,39 @@ def test_a_truncated_archive_is_named(root, tmp_path_factory, monkeypatch, kept)
         loaded(elsewhere)
 
 
+@pytest.mark.parametrize("target", ["train/neg/0_5.txt", "elsewhere.txt"])
+def test_a_link_in_an_archive_is_no_review(target, root, tmp_path_factory, monkeypatch):
+    mirror, elsewhere = tmp_path_factory.mktemp("mirror"), tmp_path_factory.mktemp("root")
+    archive_of(root / "imdb" / "aclImdb", mirror / LABELLED.name)
+    with gzip.open(mirror / LABELLED.name) as plain:
+        content = io.BytesIO(plain.read())
+    link = tarfile.TarInfo("aclImdb/train/pos/99_9.txt")
+    link.type, link.linkname = tarfile.LNKTYPE, target
+    with tarfile.open(fileobj=content, mode="a:") as archive:
+        archive.addfile(link)
+    (mirror / LABELLED.name).write_bytes(gzip.compress(content.getvalue()))
+    monkeypatch.setenv(MIRROR, str(mirror))
+    with pytest.raises(DataError, match=r"aclImdb_labelled.tar.gz is corrupt or truncated .*; delete it|11 reviews"):
+        loaded(elsewhere)
+
+
+def test_too_few_reviews_are_said(root):
+    for file in root.glob("imdb/aclImdb/*/*/[1-9]_5.txt"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"^1 reviews per class are too few: none would be left to validate on$"):
+        IMDb(root=str(root), reviews_per_class=1).prepare()
+
+
+def test_a_damaged_vocabulary_is_named(root):
+    data = loaded(root, vocabulary_size=50)
+    with np.load(data.tokens_file) as stored:
+        content = {name: stored[name] for name in ("tokens", "ends", "labels")}
+    for words in ({"words": np.array([255], np.uint8)}, {"words": np.frombuffer(b"\n" * 99, np.uint8)}, {}):
+        np.savez(data.tokens_file, **content | words)
+        with pytest.raises(DataError, match=r"tokenised-.*npz is damaged .*; delete it"):
+            data.words()
+
+
 def test_the_official_archive_is_verified(tmp_path, monkeypatch):
     monkeypatch.delenv(MIRROR, raising=False)
     (tmp_path / "imdb").mkdir()
@@ -189,7 +223,8 @@ def test_embeddings_start_from_word2vec(root, tmp_path, name):
     vectors = KeyedVectors(3)
     vectors.add_vectors(["film", "good", "elsewhere"], np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=np.float32))
     vectors.save_word2vec_format(str(tmp_path / name), binary=name.endswith(".bin"))
-    data = loaded(root, vectors=str(tmp_path / name), vocabulary_size=50)
+    place = str(tmp_path / name) if name.endswith(".bin") else name  # below the data folder
+    data = loaded(root, vectors=place, vocabulary_size=50)
     table = data.embeddings(3)
     assert table.shape == (50, 3)
     words = data.words()
@@ -211,6 +246,7 @@ def test_embeddings_without_vectors_are_uniform_and_of_the_seed(root):
     ("content", "complaint"),
     [
         ("1 2\nfilm 1 2\n", "holds vectors of width 2; the embedding's is 3"),
+        ("1 3\nfilm 1 nan 2\n", "holds vectors that are nan or infinite"),
         ("1 3\nfilm 1 2\n", "cannot read the word2vec file"),
         ("2 3\nfilm 1 2 3\n", "cannot read the word2vec file"),
         ("no header\n", "cannot read the word2vec file"),

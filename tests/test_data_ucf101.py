@@ -1,6 +1,7 @@
 """UCF-101: videos made for the purpose, stores filled by hand, and the published clips with their known features."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -195,6 +196,24 @@ def test_stores_that_do_not_serve_are_named(tmp_path):
         FeatureStore(store)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("features.npy", np.zeros((20, 3), np.int32)),
+        ("features.npy", np.zeros((20, 0), np.float16)),
+        ("features.npy", np.zeros((20, 3), "U4")),
+        ("index.csv", "a,A,0,-3\n"),
+        ("index.csv", "a,A,0,0\n"),
+        ("store.json", "[]"),
+    ],
+)
+def test_stores_of_another_kind_are_named(tmp_path, file, content):
+    store = fill(tmp_path / "store", {"A/a": 20})
+    np.save(store / file, content) if file == "features.npy" else (store / file).write_text(content)
+    with pytest.raises(DataError, match=r"feature store in .* is corrupt .*; delete it and make it again"):
+        FeatureStore(store)
+
+
 # extracting and converting
 
 
@@ -276,6 +295,21 @@ def test_convert_scales_8_bit_features(tmp_path):
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 30)])
 def test_damaged_8_bit_features_are_named(tmp_path, file, damage):
     damage(eight_bit(tmp_path / "features") / file)
+    with pytest.raises(DataError, match=r"8-bit features in .*features are incomplete or corrupt"):
+        convert(tmp_path / "features", tmp_path / "store")
+
+
+@pytest.mark.parametrize("line", ["v_A,A,1,-1,3", "v_A,A,1,0,-3", '"a,b",A,1,0,3', "v_A,../A,1,0,3", "v_A,A,1,0,9"])
+def test_clips_that_are_none_are_not_converted(tmp_path, line):
+    (eight_bit(tmp_path / "features") / "clips.csv").write_text(f"clip,class,label,first_row,frames\n{line}\n")
+    with pytest.raises(DataError, match=r"8-bit features in .*features are incomplete or corrupt"):
+        convert(tmp_path / "features", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("scale", [np.full(3, np.nan), np.array(["a", "b", "c"])])
+def test_a_scale_that_is_none_is_named(tmp_path, scale):
+    np.save(eight_bit(tmp_path / "features") / "scale.npy", scale)
     with pytest.raises(DataError, match=r"8-bit features in .*features are incomplete or corrupt"):
         convert(tmp_path / "features", tmp_path / "store")
 
@@ -377,6 +411,24 @@ def test_ucf101_batches_are_the_clips_features_cropped_and_padded(root):
     assert loaded(root).evaluation_batches("test").__iter__().__next__()[2] is None
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_nan_are_said_and_not_trained_on(root, value):
+    features = np.load(root / "ucf101" / "store" / "features.npy", mmap_mode="r+")
+    features[4, 1] = value  # of the third test clip
+    features.flush()
+    data = loaded(root, frames=3)
+    with pytest.raises(DataError, match=r"^the feature store holds nan or inf for v_\w+, row 3: delete the store"):
+        list(data.evaluation_batches("test"))
+
+
+@pytest.mark.parametrize("backbone", [None, "maskrcnn_resnet50_fpn", "nothing", "__class__"])
+def test_what_a_store_says_of_its_backbone_is_only_told(root, backbone):
+    file = root / "ucf101" / "store" / "store.json"
+    origin = {key: value for key, value in json.loads(file.read_text()).items() if key != "backbone"}
+    file.write_text(json.dumps(origin | ({"backbone": backbone} if backbone else {})))
+    assert loaded(root).input_flops is None
+
+
 def test_ucf101_training_shuffles_clips_with_their_targets(root):
     data = loaded(root, batch_size=4)
     orders = []
@@ -405,10 +457,12 @@ def test_a_list_naming_an_absent_video_is_an_error_unless_allowed(root):
     [
         ("PullUps v_PullUps_g01_c01\n", r"testlist01\.txt, line 1: not CLASS/VIDEO\.avi"),
         ("Archery/v_Archery_g01_c01.avi\n", "has none of the clips that .*testlist01"),
+        ("\xff\xfe\x00", r"testlist01\.txt, line 1: not CLASS/VIDEO\.avi"),
+        ("", "has none of the clips that .*testlist01"),
     ],
 )
 def test_lists_that_do_not_serve_are_named(root, content, complaint):
-    (root / "ucf101" / "testlist01.txt").write_text(content)
+    (root / "ucf101" / "testlist01.txt").write_text(content, "latin-1")
     with pytest.raises(DataError, match=complaint):
         loaded(root)
 

@@ -62,7 +62,7 @@ def test_without_skipping_is_the_plain_network_with_the_same_weights(published):
     x = torch.rand(3, 64, 1)
     prediction, updates = evaluate.without_skipping(module.network)(x)
     assert torch.equal(updates, torch.ones(3, 64))
-    torch.testing.assert_close(prediction, module.network.readout(plain(x)[1].h[-1]))
+    torch.testing.assert_close(prediction, module.network.readout(plain(x)[1][-1]))
     assert module.network(x)[1].mean() < 0.5, "the network itself was changed"
 
 
@@ -121,6 +121,22 @@ def test_verify_compares_with_the_records(published, tmp_path, capsys):
     assert f"DIFFERS {file}" in capsys.readouterr().out
 
 
+def test_the_last_epoch_is_published_too_where_another_was_the_best(published, tmp_path, capsys):
+    _, file = published("model=skip_lstm", "training.epochs=2", "training.learning_rate=1e-12")  # a tie: the first
+    last = file.with_name(pretrained.LAST)
+    assert f"1 of 2; `{last.name}` is the last" in file.with_name("README.md").read_text()
+    (record, best), (again, tensors) = pretrained.read(file), pretrained.read(last)
+    assert record == again
+    assert any(not torch.equal(best[name], tensors[name]) for name in best)
+    evaluate.main([f"verify={tmp_path}/pub*", "device=cpu"])
+    assert capsys.readouterr().out.count("agrees") == 2
+    record["final"]["test"]["accuracy"] += 0.01
+    last.write_bytes(pretrained.serialise(record, tensors))
+    with pytest.raises(SystemExit, match="error: 1 of 2 checkpoints differ from their records"):
+        evaluate.main([f"verify={tmp_path}/pub*", "device=cpu"])
+    assert f"DIFFERS {last}" in capsys.readouterr().out
+
+
 # published checkpoints
 
 
@@ -140,8 +156,9 @@ def test_a_published_network_computes_what_the_trained_one_did(model, name, publ
     assert torch.equal(output, expected)
     assert torch.equal(updates, expected_updates)
     stored = load_file(file)  # as the model card says
-    prediction = state.h[-1] @ stored["readout.weight"].T + stored["readout.bias"]
-    torch.testing.assert_close(prediction, network.readout(state.h[-1]))
+    h = state[0] if name.endswith("LSTM") else state
+    prediction = h[-1] @ stored["readout.weight"].T + stored["readout.bias"]
+    torch.testing.assert_close(prediction, network.readout(h[-1]))
 
 
 def test_options_are_the_constructors(published):

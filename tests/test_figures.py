@@ -32,8 +32,9 @@ def planned(output: Path, *arguments: str) -> list[plan.PlannedRun]:
 def finish(one: plan.PlannedRun, steps: int = 64, **test: float) -> None:
     """The record of a complete run, as far as figures read it."""
     one.folder.path.mkdir(parents=True, exist_ok=True)
-    best = {"test": test, "validation": test}
-    one.folder.finish({"best": best, "final": best, "steps": steps, "examples": {"train": 640}})
+    best = {"test": test | {"inference_flops": 1.0}, "validation": test}
+    more = {"solved_at": None, "input_flops": 0.0, "examples": {"train": 640}}
+    one.folder.finish({"best": best, "final": best, "steps": steps} | more)
 
 
 # curves of numbers

@@ -6,18 +6,20 @@ import pickle
 
 import pytest
 import torch
+from conftest import entries
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map
 
 from skiprnn import (
     GRU,
     LSTM,
     SAGRU,
     SALSTM,
+    GatedState,
     RandomSkipGRU,
     RandomSkipLSTM,
     Recurrent,
-    RecurrentState,
     SkipGRU,
     SkipLSTM,
 )
@@ -74,13 +76,11 @@ def fix_draw(rnn: Recurrent, x: torch.Tensor):
     return look_at
 
 
-def entries(state: RecurrentState) -> list[torch.Tensor]:
-    return [entry for entry in state if entry is not None]
-
-
-def assert_same(actual: RecurrentState, expected: RecurrentState) -> None:
-    assert len(entries(actual)) == len(entries(expected))
-    for ours, theirs in zip(entries(actual), entries(expected), strict=True):
+def assert_same(actual, expected) -> None:
+    """Of two states, or lists of what entries gives."""
+    for ours, theirs in zip(
+        *(one if isinstance(one, list) else entries(one) for one in (actual, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -103,14 +103,14 @@ def test_shapes_and_dtypes(network, layers, dtype):
     output, state, updates = rnn(torch.randn(B, T, I, dtype=dtype))
     assert output.shape == (B, T, H)
     assert updates.shape == ((B, T, layers * H) if is_per_neuron(network) else (B, T))
-    assert state.h.shape == (layers, B, H)
-    assert (state.c is not None) == is_lstm(network)
-    assert state.c is None or state.c.shape == (layers, B, H)
-    assert (state.update_prob is not None) == network.__name__.startswith("Skip")
-    assert state.update_prob is None or state.update_prob.shape == state.cum_update_prob.shape == (B, 1)
+    h = state[0] if is_lstm(network) else state
+    assert isinstance(state, tuple) == is_lstm(network)
+    gate = [(B, 1), (B, 1)] if network.__name__.startswith("Skip") else []
+    assert [part.shape for part in entries(state)] == [(layers, B, H)] * (1 + is_lstm(network)) + gate
+    assert isinstance(h, GatedState) == bool(gate)
     assert {part.dtype for part in (output, updates, *entries(state))} == {dtype}
     assert set(updates.unique().tolist()) <= {0.0, 1.0}
-    assert torch.equal(output[:, -1], state.h[-1])
+    assert torch.equal(output[:, -1], h[-1])
 
 
 @every_network
@@ -136,11 +136,16 @@ def test_each_layer_may_have_its_own_size(network):
     output, state, updates = rnn(x)
     assert output.shape == (B, T, 6)
     assert updates.shape == ((B, T, 4 + 6) if is_per_neuron(network) else (B, T))
-    for entry in [state.h, state.c] if is_lstm(network) else [state.h]:
+    h = state[0] if is_lstm(network) else state
+    for entry in state if is_lstm(network) else [state]:
         assert [tuple(layer.shape) for layer in entry] == [(B, 4), (B, 6)]
-    assert torch.equal(state.h[1], output[:, -1])
-    continued = rnn(x, state)[0]
-    assert continued.shape == output.shape
+    assert torch.equal(h[1], output[:, -1])
+    if network.__name__.startswith("Skip"):  # the gate's state rides along on the top layer's h
+        rnn.policy.bias.data.fill_(-1.0)
+        whole, (start, middle, _) = rnn(x), rnn(x[:, :5])
+        assert torch.equal(torch.cat([start, rnn(x[:, 5:], middle)[0]], 1), whole[0])
+        assert isinstance((middle[0] if is_lstm(network) else middle)[-1], GatedState)
+    assert rnn(x, state)[0].shape == output.shape
 
 
 # lengths
@@ -157,7 +162,7 @@ def test_lengths_equal_each_sequence_truncated_alone(network, layers):
 
     def loss(output, state, updates, b, steps) -> torch.Tensor:
         """A sum over the valid steps, the last state and the updates of one sequence."""
-        total = (output * weights[b, :steps]).sum() + (state.h[:, 0] * last_weights[:, b]).sum()
+        total = (output * weights[b, :steps]).sum() + (entries(state)[0][:, 0] * last_weights[:, b]).sum()
         return total + 0.3 * updates.sum() if updates.requires_grad else total
 
     total = torch.zeros((), dtype=torch.float64)
@@ -180,10 +185,9 @@ def test_lengths_equal_each_sequence_truncated_alone(network, layers):
         assert torch.equal(output[b, steps:], output[b, steps - 1].expand(T - steps, H))  # the last valid one repeats
         assert torch.equal(updates[b, :steps], their_updates[0])
         assert updates[b, steps:].sum() == 0
-        gates = [None if part is None else part[b : b + 1] for part in state[2:]]
-        mine = RecurrentState(state.h[:, b : b + 1], None if state.c is None else state.c[:, b : b + 1], *gates)
+        mine = [part[b : b + 1] if part.dim() == 2 else part[:, b : b + 1] for part in entries(state)]
         assert_same(mine, their_state)
-        total = total + loss(output[b, :steps], mine, updates[b], b, steps)
+        total = total + loss(output[b, :steps], mine[:1], updates[b], b, steps)
     total.backward()
     for name, parameter in rnn.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
@@ -237,10 +241,10 @@ def test_one_sequence_is_a_batch_of_one_without_the_batch(network, layers, batch
     batch = 0 if batch_first else 1
     alone_output, alone_state, alone_updates = rnn(x[0])
     assert alone_output.shape == (T, H)
-    assert alone_state.h.shape == (layers, H)
+    assert entries(alone_state)[0].shape == (layers, H)
     assert torch.equal(alone_output, output.squeeze(batch))
     assert torch.equal(alone_updates, updates.squeeze(batch))
-    assert_same(alone_state, [part if part is None else part.squeeze(-2 if part.dim() == 3 else 0) for part in state])
+    assert_same(alone_state, [part.squeeze(-2 if part.dim() == 3 else 0) for part in entries(state)])
     look_at(steps=slice(4))
     first, middle, _ = rnn(x[0, :4])
     look_at(steps=slice(4, None))
@@ -266,7 +270,7 @@ def test_packed_sequences_equal_lengths(network, batch_first, lengths, enforce_s
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=enforce_sorted)
     packed_output, packed_state, packed_updates = rnn(packed)
     theirs, (their_h, _) = nn.LSTM(I, H, 2).double()(packed)
-    assert packed_state.h.shape == their_h.shape
+    assert entries(packed_state)[0].shape == their_h.shape
     assert_same(packed_state, state)
     for ours in (packed_output, packed_updates):
         assert torch.equal(ours.batch_sizes, theirs.batch_sizes)
@@ -298,7 +302,7 @@ def test_the_layout_is_torchs(network):
     output, state, updates = network(I, H)(torch.randn(T, B, I))
     assert output.shape == (T, B, H)
     assert updates.shape[:2] == (T, B)
-    assert state.h.shape == (1, B, H)
+    assert entries(state)[0].shape == (1, B, H)
     assert network(I, H).flatten_parameters() is None
 
 
@@ -306,30 +310,48 @@ def test_the_layout_is_torchs(network):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @every_depth
-def test_weights_from_torch_and_back(layers, bias, batch_first):
+def test_weights_from_torch_and_back(layers, bias, bidirectional, batch_first):
     torch.manual_seed(0)
-    theirs = nn.LSTM(I, H, layers, bias=bias, batch_first=batch_first)
-    ours = LSTM.from_torch(theirs)
+    dropout = 0.5 if layers > 1 else 0.0
+    theirs = nn.LSTM(
+        I, H, layers, bias=bias, batch_first=batch_first, dropout=dropout, bidirectional=bidirectional
+    ).eval()
+    ours = LSTM.from_torch(theirs).eval()
+    assert ours.dropout == ours.to_torch().dropout == dropout
+    assert ours.to_torch().bias == bias
     x = torch.randn(B, T, I)
     expected, (h, c) = theirs(x)
-    for output, (last_h, last_c) in ((ours(x)[0], ours(x)[1][:2]), ours.to_torch()(x)):
+    for output, (last_h, last_c) in (ours(x)[:2], ours.to_torch().eval()(x)):
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(last_h, h, rtol=0, atol=1e-6)
         torch.testing.assert_close(last_c, c, rtol=0, atol=1e-6)
 
 
-def test_a_skip_lstm_from_torch_that_always_updates_is_the_lstm():
-    theirs = nn.LSTM(I, H, 2)
-    ours = SkipLSTM.from_torch(theirs, learn_initial_state=True)
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("network", [SkipLSTM, SALSTM])
+def test_fine_tuning_starts_at_the_lstm_and_learns_to_skip(network, bidirectional):
+    """However large its states are, at which gates drawn anew would skip anything."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(I, H, 2, bidirectional=bidirectional)
     with torch.no_grad():
-        ours.policy.bias.fill_(50.0)
-    x = torch.randn(T, B, I)
+        for parameter in theirs.parameters():
+            parameter.mul_(4)
+    ours = network.from_torch(theirs, learn_initial_state=True)
+    ours.policy.set_epoch(30)
+    x = 5 * torch.randn(30, B, I)
     output, _, updates = ours(x)
     assert updates.min() == 1
-    torch.testing.assert_close(output, theirs(x)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(output, theirs(x)[0], rtol=0, atol=1e-5)
     assert all(cell.learn_initial_state for cell in ours.cells)
+    optimizer = torch.optim.Adam(ours.policy.parameters(), 0.1)
+    for _ in range(25):
+        optimizer.zero_grad()
+        ours(x)[2].mean().backward()
+        optimizer.step()
+    assert ours(x)[2].mean() < 0.7
 
 
 def test_what_does_not_go_between_torch_and_ours_is_named():
@@ -337,9 +359,11 @@ def test_what_does_not_go_between_torch_and_ours_is_named():
         SkipGRU.from_torch(nn.GRU(I, H))
     with pytest.raises(ValueError, match=r"takes a torch.nn.LSTM; got GRU"):
         SkipLSTM.from_torch(nn.GRU(I, H))
-    for options in ({"bidirectional": True}, {"proj_size": 2}, {"dropout": 0.5}):
-        with pytest.raises(ValueError, match=f"SkipLSTM has no {next(iter(options))}"):
-            SkipLSTM.from_torch(nn.LSTM(I, H, 2, **options))
+    with pytest.raises(ValueError, match="SkipLSTM has no proj_size"):
+        SkipLSTM.from_torch(nn.LSTM(I, H, 2, proj_size=2))
+    for options in ({"bias": False}, {"bidirectional": True}):
+        with pytest.raises(ValueError, match="LSTM's: leave them out"):
+            SkipLSTM.from_torch(nn.LSTM(I, H), **options)
     with pytest.raises(ValueError, match="begins with zeros"):
         LSTM(I, H).to_torch()
     with pytest.raises(ValueError, match="one hidden size"):
@@ -373,9 +397,37 @@ def test_a_skip_goes_on_in_the_continuation_if_the_gate_is_carried(network):
     updates = rnn(x)[2]
     split = int((updates == 0).any(0).nonzero()[0])  # a step that some sequence skips
     carried = rnn(x[:, :split])[1]
-    assert torch.equal(rnn(x[:, split:], carried)[2][:, 0], updates[:, split])
-    without_gate = tuple(entry for entry in carried[:2] if entry is not None)
-    assert rnn(x[:, split:], without_gate)[2][:, 0].tolist() == [1.0] * B  # torch's state knows no gate: it starts anew
+    *plain, q, s = entries(carried)
+    plain[0] = plain[0] * 1
+    assert type(plain[0]) is torch.Tensor
+    copied = tree_map(lambda part: part.detach().clone().to("cpu"), carried)  # truncated backpropagation
+    for state in (carried, copied, [*plain, q, s]):
+        assert torch.equal(rnn(x[:, split:], state)[2][:, 0], updates[:, split])
+    assert not any(part.requires_grad for part in entries(copied))
+    for state in (plain, [plain[0].numpy(force=True)]):  # torch's state knows no gate: it starts anew
+        state = [torch.as_tensor(part) for part in [*state, *plain[len(state) :]]]
+        assert rnn(x[:, split:], state)[2][:, 0].tolist() == [1.0] * B
+    others = Recurrent(network.cell_and_policy[0], "always", I, H, dtype=torch.float64)
+    assert others(x.transpose(0, 1), carried)[1] is not None  # a network without a gate takes the rest
+
+
+@pytest.mark.parametrize("network", [SkipLSTM, SkipGRU])
+def test_a_state_is_stored_copied_and_compiled_with_its_gate(network):
+    rnn = make(network)
+    x = sequences(steps=4)
+    state = tree_map(torch.Tensor.detach, rnn(x)[1])
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    expected = rnn(x, state)
+    for one in (torch.load(file, weights_only=True), copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert_same(one, state)
+        assert torch.equal(rnn(x, one)[0], expected[0])
+    rnn.engine = "reference"  # which all transforms see through
+    torch._dynamo.reset()
+    assert_same(torch.compile(rnn, fullgraph=True, backend="eager")(x, state)[1], expected[1])
+    inside = torch.vmap(lambda one: rnn(one, rnn(one)[1])[0])(x.unsqueeze(1))
+    torch.testing.assert_close(inside.squeeze(1), rnn(x, rnn(x)[1])[0])
 
 
 @every_network
@@ -385,10 +437,7 @@ def test_torch_style_states_are_taken(network, layers):
     x = sequences()
     fix_draw(rnn, x)
     h, c = torch.randn(2, layers, B, H, dtype=torch.float64)
-    if is_lstm(network):
-        results = [rnn(x, (h, c)), rnn(x, [h, c]), rnn(x, RecurrentState(h, c))]
-    else:
-        results = [rnn(x, h), rnn(x, [h]), rnn(x, RecurrentState(h))]
+    results = [rnn(x, given) for given in ([(h, c), [h, c]] if is_lstm(network) else [h, [h]])]
     for output, state, _ in results[1:]:
         assert torch.equal(output, results[0][0])
         assert_same(state, results[0][1])
@@ -488,6 +537,18 @@ def test_wrong_input_shapes_are_named(network, shape, batch_first):
 def test_what_is_no_tensor_is_named(network):
     with pytest.raises(ValueError, match="x must be a tensor or a PackedSequence; got list"):
         network(I, H)([[0.0] * I])
+    x = torch.zeros(T, B, I)
+    for state, found in (
+        ("abc", "str"),
+        (5, "int"),
+        (x.numpy(), "ndarray"),
+        ([x.numpy()], "list"),
+        (([1],), "tuple"),
+        ((1, 2), "tuple"),
+        ((), "tuple"),
+    ):
+        with pytest.raises(ValueError, match=f"state must hold h.*; got {found}"):
+            network(I, H)(x, state)
 
 
 @some_networks
@@ -526,7 +587,7 @@ def test_states_of_another_dtype_are_named(network):
 @pytest.mark.parametrize("network", [LSTM, RandomSkipLSTM, SkipLSTM, SALSTM])
 def test_an_lstm_needs_its_cell_state(network):
     h = torch.zeros(1, B, H)
-    for state in (h, (h,), RecurrentState(h)):
+    for state in (h, (h,)):
         with pytest.raises(ValueError, match="state must hold h, c"):
             network(I, H, batch_first=True)(torch.zeros(B, T, I), state)
 
@@ -534,14 +595,12 @@ def test_an_lstm_needs_its_cell_state(network):
 def test_gates_that_do_not_fit_are_refused():
     x, h, gate = torch.zeros(H, T, I), torch.zeros(1, H, H), torch.zeros(H, 1)
     with pytest.raises(ValueError, match="state must hold h; got 3 parts"):
-        GRU(I, H, batch_first=True)(x, RecurrentState(h, None, gate, gate))
+        GRU(I, H, batch_first=True)(x, (h, gate, gate))
     with pytest.raises(ValueError, match="state must hold h and the gate; got 2 parts"):
         SkipGRU(I, H, batch_first=True)(x, (h, gate))
     for wrong in (torch.zeros(H), torch.zeros(H + 1, 1), torch.zeros(H, H)):  # (H,) would broadcast to (H, H)
-        with pytest.raises(ValueError, match=r"gate must be \(5, 1\) each; got"):
+        with pytest.raises(ValueError, match=r"gate must be 2 of \(5, 1\); got"):
             SkipGRU(I, H, batch_first=True)(x, (h, wrong, wrong))
-    with pytest.raises(ValueError, match=r"state gate is torch.float64"):
-        SkipGRU(I, H, batch_first=True)(x, (h, gate.double(), gate.double()))
 
 
 @pytest.mark.parametrize(
@@ -558,6 +617,9 @@ def test_gates_that_do_not_fit_are_refused():
         (("lstm", "always", 3.0, H), "sizes must be integers; got input_size=3.0"),
         (("lstm", "always", I, 5.0), "sizes must be integers.*hidden_size=5.0"),
         (("lstm", "always", I, [4, 5.0], 2), "sizes must be integers"),
+        (("lstm", "always", I, "5"), "sizes must be integers.*hidden_size='5'"),
+        (("lstm", "always", I, None), "sizes must be integers.*hidden_size=None"),
+        (("lstm", "always", I, torch.tensor(5)), "sizes must be integers.*hidden_size=tensor"),
     ],
 )
 def test_wrong_construction_is_named(arguments, message):
@@ -603,10 +665,10 @@ def test_lstm_is_torch_lstm():
     x = sequences()
     h, c = (torch.stack(parts) for parts in zip(*(cell.initial_state(B) for cell in rnn.cells), strict=True))
     expected, (expected_h, expected_c) = theirs(x, (h, c))
-    output, state, updates = rnn(x)
+    output, (h, c), updates = rnn(x)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state.h, expected_h, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state.c, expected_c, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(h, expected_h, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(c, expected_c, rtol=1e-12, atol=1e-12)
     assert updates.min() == 1
 
 
@@ -618,7 +680,9 @@ def test_a_stack_is_a_chain_of_layers(network):
     output, top_state, _ = single(network, stack, 1)(below)
     ours, state, _ = stack(x)
     torch.testing.assert_close(ours, output, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state.h, torch.cat([below_state.h, top_state.h]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        entries(state)[0], torch.cat([entries(below_state)[0], entries(top_state)[0]]), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("network", [RandomSkipLSTM, RandomSkipGRU, SkipLSTM, SkipGRU])
@@ -637,7 +701,7 @@ def test_skipping_is_as_if_the_skipped_inputs_were_not_there(network, layers):
         kept = updates[b] == 1
         expected, expected_state, _ = plain(x[b : b + 1, kept])
         torch.testing.assert_close(output[b, kept], expected[0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(state.h[:, b], expected_state.h[:, 0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(entries(state)[0][:, b], entries(expected_state)[0][:, 0], rtol=1e-12, atol=1e-12)
         last = torch.cummax(torch.where(kept, torch.arange(20), -1), 0).values
         for t in range(20):
             if last[t] >= 0:  # a skipped step shows what the last update left
@@ -654,8 +718,8 @@ def test_all_layers_of_a_skip_stack_copy_together(network):
         _, state, u = rnn(x[:, t : t + 1], previous)
         if previous is None:
             continue
-        for entry in ("h", "c") if is_lstm(network) else ("h",):
-            same = (getattr(state, entry) == getattr(previous, entry)).all(-1)  # (layer, sequence)
+        for entry in range(1 + is_lstm(network)):
+            same = (entries(state)[entry] == entries(previous)[entry]).all(-1)  # (layer, sequence)
             assert torch.equal(same, (u[:, 0] == 0).expand(2, B))
         copied, updated = copied + (u == 0).sum(), updated + (u == 1).sum()
     assert copied > 5
@@ -676,7 +740,9 @@ def test_layers_of_a_selective_stack_read_the_updated_state_below(network):
     ours, state, updates = stack(x)
     assert 0.1 < updates.mean() < 0.9
     torch.testing.assert_close(ours, output, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state.h, torch.cat([below_state.h, top_state.h]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        entries(state)[0], torch.cat([entries(below_state)[0], entries(top_state)[0]]), rtol=1e-12, atol=1e-12
+    )
     assert torch.equal(updates, torch.cat([below_updates, top_updates], -1))
 
 
@@ -690,8 +756,8 @@ def test_neurons_that_do_not_update_keep_their_state(network):
         _, state, u = rnn(x[:, t : t + 1], previous)
         if previous is not None:
             kept = u.view(B, 2, H).transpose(0, 1) == 0
-            for entry in ("h", "c") if is_lstm(network) else ("h",):
-                assert torch.equal(getattr(state, entry) == getattr(previous, entry), kept)
+            for entry in range(1 + is_lstm(network)):
+                assert torch.equal(entries(state)[entry] == entries(previous)[entry], kept)
 
 
 # gradients
@@ -709,7 +775,7 @@ def test_gradients_agree_with_finite_differences(network):
         output, state, _ = torch.func.functional_call(
             rnn, dict(zip(names, values, strict=True)), (x,), {"lengths": lengths}
         )
-        return output, state.h
+        return output, entries(state)[0]
 
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
@@ -736,22 +802,25 @@ def gru_step(cell, x, state):
     return (z * h + (1 - z) * candidate,)
 
 
-def skip_alone(rnn: Recurrent, x: torch.Tensor):
-    """Skip RNN of one sequence x (T, I), from the papers' equations: outputs (T, H), updates (T,)."""
+def skip_alone(rnn: Recurrent, x: torch.Tensor, masks=()):
+    """Skip RNN of one sequence x (T, I), from the papers' equations: outputs (T, H), updates (T,).
+
+    masks: dropout's, (T, H) for each layer but the top.
+    """
     step = lstm_step if len(rnn.cells[0].state_names) == 2 else gru_step
     states = [tuple(part[0] for part in cell.initial_state(1)) for cell in rnn.cells]
     gate = torch.ones((), dtype=x.dtype)  # ũ, always updates first
     delta = torch.ones((), dtype=x.dtype)
     outputs, updates = [], []
-    for x_t in x:
+    for t, x_t in enumerate(x):
         u = binary(gate)
         below, mixed = x_t, []
-        for cell, previous in zip(rnn.cells, states, strict=True):
+        for layer, (cell, previous) in enumerate(zip(rnn.cells, states, strict=True)):
             candidate = step(cell, below, previous)
-            below = candidate[0]
+            below = candidate[0] * masks[layer][t] if layer < len(masks) else candidate[0]
             mixed.append(tuple(u * new + (1 - u) * old for new, old in zip(candidate, previous, strict=True)))
         top = candidate[-1]
-        delta = u * torch.sigmoid((rnn.policy.weight * top).sum() + rnn.policy.bias) + (1 - u) * delta
+        delta = u * torch.sigmoid((rnn.policy.weight * top).sum() + rnn.policy.bias[0]) + (1 - u) * delta
         accumulated = (1 - u) * gate
         gate = accumulated + torch.min(delta, 1 - accumulated)
         states = mixed
@@ -811,5 +880,5 @@ def test_padding_counts_for_nothing_even_if_it_is_nan(engine):
     padded[1, 3:] = torch.nan
     (output, state, updates), (other, after, u) = rnn(x, lengths=lengths), rnn(padded, lengths=lengths)
     assert torch.equal(output, other)
-    assert torch.equal(state.c, after.c)
+    assert torch.equal(state[1], after[1])
     assert torch.equal(updates, u)

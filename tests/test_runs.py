@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, command, compose, trained
 
+from skiprnn import figures, train
 from skiprnn.training import config, job, provenance
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
@@ -305,6 +306,13 @@ def test_learning_rate_rises_at_the_start_and_falls_at_the_end_in_equal_steps(sm
     assert list(rates) == pytest.approx([0.15, 0.3, 0.3, 0.2, 0.1])
 
 
+def test_a_new_run_is_made_once(tmp_path, monkeypatch):
+    made, make = [], job.make_module
+    monkeypatch.setattr(job, "make_module", lambda run: made.append(run) or make(run))
+    train.train(compose([*SMALL, *FEW, f"output={tmp_path}"]))
+    assert len(made) == 1
+
+
 def test_complete_run_is_not_repeated(small_run):
     run = small_run("training.epochs=1")
     record = trained(run)
@@ -455,6 +463,15 @@ def test_a_best_checkpoint_is_none_to_go_on_from(complete):
     folder.last.write_bytes(folder.best.read_bytes())
     with pytest.raises(ConfigError, match=r"last.ckpt holds weights alone, like best.ckpt; delete it to begin anew"):
         trained(folder.run)
+
+
+def test_a_figure_is_drawn_of_the_run_s_own_checkpoint(complete):
+    folder, others = complete
+    row = figures.Row(1, [folder], [folder.record()])
+    assert figures.of_best(row, lambda module: f"seed {module.run.seed}") == f"seed {folder.run.seed}"
+    folder.best.write_bytes(others.best.read_bytes())
+    with pytest.raises(ConfigError, match=r"best.ckpt is of another run; delete it"):
+        figures.of_best(row, lambda module: "")
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "callbacks"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 import zipfile
 from functools import reduce
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import compose, trained
+from safetensors import safe_open
+from safetensors.torch import save
 
-from skiprnn import evaluate, publish
+from skiprnn import dashboard, evaluate, publish
 from skiprnn.data.base import DataError, read_npz
 from skiprnn.data.imdb import IMDb
 from skiprnn.data.ucf101.store import FeatureStore
 from skiprnn.model import pretrained
 from skiprnn.model.recurrent import Recurrent
+from skiprnn.papers import records
 from skiprnn.training import config
-from skiprnn.training.config import ConfigError
-from skiprnn.training.folder import RunFolder
+from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.folder import RunFolder, read_record
 from skiprnn.training.job import load, make_data
 
 
@@ -109,6 +113,7 @@ def test_what_it_names_is_not_called(forged, tmp_path):
         ("imdb", "/etc/hostname"),
         ("imdb", "../../vectors.bin"),
         ("ucf101", "../store"),
+        ("ucf101", "store\0"),
     ],
 )
 def test_no_url_and_no_place_outside_the_data_folder_is_followed(forged, data, value, tmp_path, monkeypatch):
@@ -116,8 +121,15 @@ def test_no_url_and_no_place_outside_the_data_folder_is_followed(forged, data, v
     key = {"imdb": "vectors", "ucf101": "store"}[data]
     settings = config.read(compose([f"data={data}", f"profile={data}/smoke"])).data | {key: value}
     said = refused(forged(put("data", settings)), f"data_root={tmp_path / 'data'}")
-    assert f"data.{key}={value} is no place in the data folder" in said
+    assert f"data.{key}={value!r} is no place in the data folder" in said
     assert "hunter2" not in said
+
+
+def test_text_without_an_embedding_is_refused_before_any_text_is_read(forged, tmp_path):
+    settings = config.read(compose(["data=imdb", "profile=imdb/smoke"])).data | {"vocabulary_size": 2**24}
+    said = refused(forged(put("data", settings)), f"data_root={tmp_path / 'data'}")
+    assert "is damaged: it holds None words and says 16777216" in said
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
@@ -167,6 +179,103 @@ def test_what_it_says_of_its_run_is_checked(forged, place, value):
 )
 def test_tensors_that_are_not_the_network_s_are_refused(forged, spoil):
     refused(forged(of_tensors=spoil))
+
+
+def test_a_checkpoint_is_not_believed_to_hold_more_than_its_file(honest, tmp_path):
+    """One number that is shown as a matrix; or zeros, compressed."""
+    content = torch.load(honest[0], weights_only=True)
+    one = {
+        name: tensor.new_zeros([1] * tensor.dim()).expand(tensor.shape)
+        for name, tensor in content["state_dict"].items()
+    }
+    torch.save(content | {"state_dict": one}, tmp_path / "expanded.ckpt")
+    with zipfile.ZipFile(honest[0]) as plain, zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as z:
+        for part in plain.namelist():
+            z.writestr(part, plain.read(part))
+        z.writestr(f"{part.partition('/')[0]}/zeros", bytes(2**20))
+    assert "its tensors have other sizes" in refused(tmp_path / "expanded.ckpt")
+    assert "its parts say that they are larger than it is" in refused(tmp_path / "packed.ckpt")
+
+
+DEEP = 100_000 * "[" + 100_000 * "]"
+
+
+@pytest.mark.parametrize(
+    "name", ["record.json", "failed.json", "published", "plan", "config.yaml", "store.json", "model.safetensors"]
+)
+def test_json_may_not_be_nested_beyond_what_python_can_read(name, honest, tmp_path):
+    run = RunConfig.of(torch.load(honest[0], weights_only=True)["run"], output=str(tmp_path))
+    folder, told = RunFolder(run), []
+    folder.path.mkdir(parents=True)
+    (tmp_path / "sweeps").mkdir()
+    file = {"published": tmp_path / "x.json", "plan": tmp_path / "sweeps" / "x.json"}.get(name, folder.path / name)
+    file.write_text(DEEP)
+    match name:
+        case "record.json":
+            assert "is damaged; delete it" in str(folder.damage)
+        case "failed.json":
+            assert "is damaged" in str(folder.failure)
+        case "published":
+            with pytest.raises(ConfigError, match="is damaged; delete it"):
+                records.read(file)
+        case "plan" | "config.yaml":
+            assert dashboard.plans(tmp_path, told.append) == []
+            assert len(told) == 1
+        case "store.json":
+            (folder.path / "index.csv").touch()
+            np.save(folder.path / "features.npy", np.zeros((3, 2), np.float16))
+            with pytest.raises(DataError, match="is corrupt"):
+                FeatureStore(folder.path)
+        case _:
+            with safe_open(honest[1], "pt") as honest_file:
+                weights = {key: honest_file.get_tensor(key) for key in honest_file.keys()}  # noqa: SIM118
+            file.write_bytes(save(weights, {pretrained.KEY: DEEP}))
+            with pytest.raises(ValueError, match=r"was not written by skiprnn\.publish"):
+                Recurrent.from_pretrained(file)
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("task", "steps", "solved_at", "input_flops", "best", "final", "best.test", "final.test", "best.validation"),
+        *("best.test.accuracy", "final.test.accuracy", "best.validation.accuracy", "best.test.state_updates"),
+        *("best.test.inference_flops", "note", "profile"),
+    ],
+)
+@pytest.mark.parametrize(
+    "value", [MISSING, "x", [], float("nan"), 10**400], ids=["missing", "text", "list", "nan", "huge"]
+)
+def test_a_record_is_read_if_it_has_what_tables_and_figures_show(place, value, honest, tmp_path):
+    record = json.loads(honest[0].with_name("record.json").read_bytes())
+    run = RunConfig.of(record["config"])
+    *above, last = place.split(".")
+    part = reduce(dict.__getitem__, above, record)
+    if value is MISSING:
+        del part[last]
+    else:
+        part[last] = value
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    if (place, value) in (("task", MISSING), ("note", MISSING), ("profile", MISSING), ("note", "x")):
+        read_record(tmp_path / "record.json", run)  # older ones
+        return
+    with pytest.raises(ConfigError, match=r"record.json is damaged; delete it"):
+        read_record(tmp_path / "record.json", run)
+
+
+def test_a_record_does_not_say_where_it_is_published(honest, tmp_path):
+    run = RunConfig.of(torch.load(honest[0], weights_only=True)["run"], output=str(tmp_path / "out"))
+    folder = RunFolder(run)
+    shutil.copytree(honest[0].parent, folder.path)
+    record = json.loads(folder.record_file.read_bytes())
+    folder.record_file.write_text(json.dumps(record | {"name": "../../../elsewhere"}))
+    assert publish.export(folder, tmp_path / "public").is_relative_to(tmp_path / "public" / "checkpoints" / run.name)
+    folder.record_file.write_text(json.dumps(record | {"versions": None}))
+    with pytest.raises(ConfigError, match=r"record.json is damaged .*; delete it"):
+        publish.export(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_weights_that_are_nan_are_said_and_not_scored(forged):

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import triton_kernels
+from conftest import entries, triton_kernels
 from test_engines import assert_equal, network, random_state, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from skiprnn import LSTM, Recurrent, RecurrentState, SkipLSTM
+from skiprnn import LSTM, Recurrent, SkipLSTM
 from skiprnn.model import engines
 from skiprnn.model.engines import triton
 from skiprnn.model.policies import POLICIES
@@ -59,7 +59,7 @@ def test_weights_on_chip(cell, policy, ragged):
     x = torch.randn(batch, 4, inputs, dtype=DTYPE, device=DEVICE)
     lengths = torch.tensor([4, 3, 0]) if ragged else None
     state = random_state(cell, policy, batch, 5, DTYPE)
-    state = RecurrentState(*(None if part is None else part.to(DEVICE) for part in state))
+    state = [part.to(DEVICE) for part in state]
     ours, reference = compared(cell, policy, inputs, 5, 1, x, 3, lengths, state, bias=-1.0, slope_epoch=60)
     assert_equal(ours, reference, TOLERANCE)
 
@@ -136,7 +136,7 @@ def test_half_precision_products_are_as_exact_as_tf32(cell, policy, hidden, monk
         rnn.zero_grad()
         torch.manual_seed(3)
         output, state, updates = rnn(x)
-        ((output.sum() + state.h.square().sum() + 1e-2 * updates.sum()) * 1e-9).backward()
+        ((output.sum() + entries(state)[0].square().sum() + 1e-2 * updates.sum()) * 1e-9).backward()
         gradients = {
             part: torch.cat([p.grad.flatten() for name, p in rnn.named_parameters() if name.startswith(part)])
             for part in ("layers.0.weight_ih", "layers.0.weight_hh", "layers.0.bias", "layers.0.initial", "policy")

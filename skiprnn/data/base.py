@@ -273,23 +273,26 @@ def fetch(root: Path, *files: Source, advice: str = "connect to the internet") -
             verify(path, file, f"delete {path} to fetch it again")
             return path
     mirror = os.environ.get(MIRROR)
-    candidates = [(file, _below(mirror, file.name)) for file in files] if mirror else []
+    candidates: list[tuple[Source, str | None]] = [(file, None) for file in files] if mirror else []
     candidates += [(file, url) for file in files for url in file.urls]
     failures = []
-    for file, url in candidates:
-        path = root / file.name
+    for file, official in candidates:
+        path, url = root / file.name, official or str(mirror)
         try:
+            url = official or _below(str(mirror), file.name)
             with urllib.request.urlopen(url, timeout=TIMEOUT) as source, replacing(path) as temporary:
                 with temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
                 verify(temporary, file, f"it came from {url}: try again, or set {MIRROR} to a good copy")
             return path
-        except (OSError, http.client.HTTPException) as error:
-            failures.append(f"\n  {url}: {error}")
+        except DataError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:  # the last two: it is no URL
+            failures.append(f"{url}: {error}")
     name = files[0].name
     raise DataError(
         f"cannot get {name}: {advice}, or set {MIRROR} to a folder or URL that holds {name}."
-        f"{' Tried:' if failures else ''}{''.join(failures)}"
+        f"{' Tried: ' if failures else ''}{'; '.join(failures)}"
     )
 
 

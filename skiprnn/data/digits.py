@@ -39,8 +39,8 @@ class SequentialDigits(StoredData):
         super().__init__(batch_size, seed, root, drop_last)
         if pixels not in (1, 2, 4, 8):
             raise ValueError(f"pixels must be 1, 2, 4 or 8, which divide a row; got {pixels}")
-        if hold < 1:
-            raise ValueError(f"hold must be at least 1; got {hold}")
+        if not 1 <= hold <= 2**10:
+            raise ValueError(f"hold must be at least 1, and at most {2**10}; got {hold}")
         self.input_size, self.hold = pixels, hold
         self.image, self.steps = (8 * hold, 8), 64 // pixels * hold
         self.examples = {"train": 1_197, "validation": 300, "test": 300}

@@ -33,6 +33,8 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]"]
 TOKEN = r"\w+(?:'\w+)*|[^\w\s]"  # a word with its apostrophes, or a punctuation mark
 INITIAL_RANGE = 0.25  # of the embedding of a word without a vector
 
+DAMAGES = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, zlib.error)  # of an .npz
+
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +54,8 @@ class IMDb(StoredData):
         padding: the side that is padded, "left" or "right".
         mask_padding: give the lengths, so that the model stops at the padding; otherwise padded steps count like all
             others, as in the paper. Needs padding on the right.
-        vectors: a file in word2vec's format (binary if its name contains .bin, else text, either may end in .gz) that
+        vectors: a file below root, or its full path, in word2vec's format (binary if its name contains .bin, else text,
+            either may end in .gz) that
             `embeddings` starts from.
         reviews_per_class: what each of the four folders must hold; anything else is refused as incomplete.
         batch_size, seed, root, drop_last: see SequenceData.
@@ -123,7 +126,7 @@ class IMDb(StoredData):
         folders = [Path(place, "imdb", "aclImdb") for place in (self.root, os.environ.get(MIRROR)) if place]
         source = next((folder for folder in folders if folder.is_dir()), None) or fetch(self.root, LABELLED, OFFICIAL)
         log.info("tokenising the reviews of %s; their tokens are kept in %s", source, self.tokens_file)
-        texts, labels = self._ordered(read_reviews(source))
+        texts, labels = self._ordered(read_reviews(source), source)
         tokens, ends, words = self._tokenised(texts)
         with replacing(self.tokens_file) as temporary:
             np.savez(
@@ -134,7 +137,7 @@ class IMDb(StoredData):
                 words=np.frombuffer("\n".join(words).encode(), dtype=np.uint8),
             )
 
-    def _ordered(self, reviews: dict[str, str]) -> tuple[list[str], list[int]]:
+    def _ordered(self, reviews: dict[str, str], source: Path) -> tuple[list[str], list[int]]:
         """Texts and labels in the order train, validation, test."""
         parts = []
         for part in ("train", "test"):
@@ -144,10 +147,14 @@ class IMDb(StoredData):
                 if len(found) != self.reviews_per_class:
                     raise DataError(
                         f"aclImdb/{part}/{folder} holds {len(found)} reviews instead of {self.reviews_per_class}: "
-                        "the folder or archive is incomplete; delete it to fetch it again"
+                        f"{source} is incomplete; delete it to fetch it again"
                     )
                 names += [(name, label) for name in sorted(found, key=_review_number)]
             parts.append(names)
+        if self.examples["validation"] < len(CLASSES):
+            raise DataError(
+                f"{self.reviews_per_class} reviews per class are too few: none would be left to validate on"
+            )
         train, validation = train_test_split(
             parts[0],
             test_size=self.examples["validation"],
@@ -204,14 +211,20 @@ class IMDb(StoredData):
             known = (tokens >= 0).all() & (tokens < self.vocabulary_size).all() & np.isin(labels, (0, 1)).all()
             if not (whole and known and ends.shape == labels.shape == (reviews,)):
                 raise ValueError(f"it should hold {reviews} reviews of token ids below {self.vocabulary_size}")
-        except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGES as error:
             raise DataError(f"{self.tokens_file} is damaged ({error}); delete it to make it again") from None
         return [tokens, ends, labels]
 
     def words(self) -> list[str]:
         """The vocabulary: the word of every token id, the special ones first."""
         self.prepare()
-        return read_npz(self.tokens_file, "words")[0].tobytes().decode().split("\n")
+        try:
+            words = read_npz(self.tokens_file, "words")[0].tobytes().decode().split("\n")
+            if len(words) > self.vocabulary_size:
+                raise ValueError(f"it holds {len(words)} words")
+        except DAMAGES as error:
+            raise DataError(f"{self.tokens_file} is damaged ({error}); delete it to make it again") from None
+        return words
 
     def embeddings(self, width: int = 300) -> Tensor:
         """Where the embedding starts: (vocabulary_size, width) float32.
@@ -228,14 +241,17 @@ class IMDb(StoredData):
         try:
             from gensim.models import KeyedVectors  # here, for it is slow to import and seldom wanted
 
-            check_vectors(Path(self.vectors))
-            known = KeyedVectors.load_word2vec_format(self.vectors, binary=".bin" in Path(self.vectors).suffixes)
+            file = self.root / self.vectors
+            check_vectors(file)
+            known = KeyedVectors.load_word2vec_format(str(file), binary=".bin" in file.suffixes)
         except ModuleNotFoundError:
             raise DataError("data.vectors needs gensim: pip install 'skiprnn[text]'") from None
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"cannot read the word2vec file {self.vectors}: {error}") from error
         if known.vector_size != width:
             raise DataError(f"{self.vectors} holds vectors of width {known.vector_size}; the embedding's is {width}")
+        if not np.isfinite(known.vectors).all():
+            raise DataError(f"{self.vectors} holds vectors that are nan or infinite; take another copy of it")
         rows = [(row, known[word]) for row, word in enumerate(self.words()) if word in known]
         log.info("%d of %d words have a vector in %s", len(rows), self.vocabulary_size, self.vectors)
         for row, vector in rows:
@@ -275,7 +291,7 @@ def read_reviews(source: Path) -> dict[str, str]:
             while raw.read(2**20):  # to the checksum at its end
                 pass
         return reviews
-    except (OSError, EOFError, tarfile.TarError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
         raise DataError(f"{source} is corrupt or truncated ({error}); delete it to fetch it again") from error
 
 
@@ -284,7 +300,7 @@ def is_complete(tokens_file: Path) -> bool:
     try:
         labels, ends = read_npz(tokens_file, "labels", "ends")
         return labels.shape == ends.shape
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    except DAMAGES:
         return False
 
 

@@ -29,6 +29,7 @@ class Cell(nn.Module, ABC):
         hidden_size: H.
         learn_initial_state: the initial state is one trainable vector per state entry, drawn from N(0, 1) and shared
             by the batch, as in the Skip RNN authors' code; otherwise zeros, as in SA-RNN's.
+        bias: whether there is any, trained or constant.
     """
 
     name: ClassVar[str]  # in configs and records
@@ -39,19 +40,22 @@ class Cell(nn.Module, ABC):
 
     weight_ih: nn.Parameter  # (G*H, I)
     weight_hh: nn.Parameter  # (G*H, H)
-    bias: nn.Parameter  # (G*H,)
+    bias: Tensor  # (G*H,), a parameter; zeros if there is none
 
     def __init_subclass__(cls) -> None:
         if "forward" in vars(cls):  # the engines would not call it
             raise TypeError(f"{cls.__name__}: a cell's forward is step(project(x), state); override these")
 
-    def __init__(self, input_size: int, hidden_size: int, learn_initial_state: bool = True):
+    def __init__(self, input_size: int, hidden_size: int, learn_initial_state: bool = True, bias: bool = True):
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
         self.weight_ih = nn.Parameter(torch.empty(len(self.gates) * hidden_size, input_size))
         self.weight_hh = nn.Parameter(torch.empty(len(self.gates) * hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(len(self.gates) * hidden_size))
-        self.learn_initial_state = learn_initial_state
+        self.learn_initial_state, self.biased = learn_initial_state, bias
+        if bias:
+            self.bias = nn.Parameter(torch.empty(len(self.gates) * hidden_size))
+        else:
+            self.register_buffer("bias", torch.zeros(len(self.gates) * hidden_size), persistent=False)
         for name in self.state_names:
             if learn_initial_state:
                 self.register_parameter(f"initial_{name}", nn.Parameter(torch.empty(hidden_size)))
@@ -66,8 +70,9 @@ class Cell(nn.Module, ABC):
             limit = math.sqrt(6 / (self.input_size + hidden + columns))
             for part in weight:
                 nn.init.uniform_(part, -limit, limit)
-        with torch.no_grad():
-            self.bias.copy_(torch.tensor(self.initial_bias).repeat_interleave(hidden))
+        if self.biased:
+            with torch.no_grad():
+                self.bias.copy_(torch.tensor(self.initial_bias).repeat_interleave(hidden))
         if self.learn_initial_state:
             for initial in self.initial_state(1):
                 nn.init.normal_(initial)
@@ -115,9 +120,9 @@ class LSTMCell(Cell):
     initial_bias = (0.0, 0.0, 0.0, 0.0)
     forget_bias: Tensor  # (4*H,): 1 on f's rows
 
-    def __init__(self, input_size: int, hidden_size: int, learn_initial_state: bool = True):
-        super().__init__(input_size, hidden_size, learn_initial_state)
-        added = torch.tensor([float(gate == "f") for gate in self.gates]).repeat_interleave(hidden_size)
+    def __init__(self, input_size: int, hidden_size: int, learn_initial_state: bool = True, bias: bool = True):
+        super().__init__(input_size, hidden_size, learn_initial_state, bias)
+        added = torch.tensor([float(bias and gate == "f") for gate in self.gates]).repeat_interleave(hidden_size)
         self.register_buffer("forget_bias", added, persistent=False)
 
     @property

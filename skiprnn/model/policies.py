@@ -36,12 +36,18 @@ class _StraightThroughRound(torch.autograd.Function):
         return gradient
 
 
+class _StraightThroughRoundForwards(_StraightThroughRound):  # torch.compile sees through no custom jvp
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
 def straight_through_round(x: Tensor) -> Tensor:
     """1 above 0.5, else 0, so that 0.5 is no update (round half to even); nan stays nan; du/dx = 1.
 
     ([SKIP] section 3.1; _binary_round in the authors' code.)
     """
-    return _StraightThroughRound.apply(x)
+    return (_StraightThroughRound if torch.compiler.is_compiling() else _StraightThroughRoundForwards).apply(x)
 
 
 class _Mix(torch.autograd.Function):
@@ -54,12 +60,25 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         u, new, old = ctx.saved_tensors
         of_u = (gradient * (new - old)).sum_to_size(u.shape) if ctx.needs_input_grad[0] else None
-        return of_u, torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+        if not torch.is_grad_enabled():
+            return of_u, torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+        nothing = torch.zeros_like(gradient)  # the same, whose own derivative in u is not 0
+        return of_u, _Mix.apply(u, gradient, nothing), _Mix.apply(u, nothing, gradient)
+
+
+class _MixForwards(_Mix):
+    @staticmethod
+    def jvp(ctx, of_u: Tensor | None, of_new: Tensor | None, of_old: Tensor | None) -> Tensor:
+        u, new, old = ctx.saved_tensors
+        new_part, old_part = (torch.zeros_like(new) if part is None else part for part in (of_new, of_old))
+        kept = _MixForwards.apply(u, new_part, old_part)
+        return kept if of_u is None else kept + of_u * (new - old)
 
 
 def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -67,7 +86,13 @@ def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> t
 
     What is not taken counts for nothing, whatever it is: 0 * nan is 0 here, in the gradient as well.
     """
-    return tuple(_Mix.apply(u, new, old) for new, old in zip(candidate, previous, strict=True))
+    kind = _Mix if torch.compiler.is_compiling() else _MixForwards
+    return tuple(kind.apply(u.to(new.dtype), new, old) for new, old in zip(candidate, previous, strict=True))
+
+
+def accumulated_in(dtype: torch.dtype) -> torch.dtype:
+    """What sums over steps are kept in: float32 for half precision, whose 8 or 11 bits lose small increments."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Policy(nn.Module, ABC):
@@ -87,6 +112,9 @@ class Policy(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Draw the policy's parameters anew."""
+
+    def start_open(self) -> None:
+        """Let what is learned start where everything updates, whatever is read: a trained cell computes as before."""
 
     def draw(self, x: Tensor, neurons: int) -> Tensor | None:
         """The random decisions of a whole batch of sequences x (B, T, I), drawn at once; None for a policy without."""
@@ -202,7 +230,7 @@ class Skip(StepPolicy):
     def __init__(self, hidden_size: int, update_bias: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))  # w_p
-        self.bias = nn.Parameter(torch.empty(()))  # b_p
+        self.bias = nn.Parameter(torch.empty(1))  # b_p; FSDP takes no scalars
         self.update_bias = update_bias
         self.reset_parameters()
 
@@ -216,15 +244,29 @@ class Skip(StepPolicy):
         nn.init.uniform_(self.weight, -limit, limit)
         nn.init.constant_(self.bias, self.update_bias)
 
+    def start_open(self):
+        """w_p = 0 and b_p = 1: q = 0.73 at every step."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        name = f"{prefix}bias"
+        if name in state_dict and not state_dict[name].dim():  # as checkpoints had it that are older
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def initial_gate(self, batch_size):
-        return self.weight.new_ones(batch_size, 1), self.weight.new_zeros(batch_size, 1)
+        dtype = accumulated_in(self.weight.dtype)
+        return self.weight.new_ones(batch_size, 1, dtype=dtype), self.weight.new_zeros(batch_size, 1, dtype=dtype)
 
     def decide(self, gate, draw):
         q, s = gate
         return s + torch.minimum(q, 1 - s)
 
     def after_update(self, gate, top):
-        q = torch.sigmoid(functional.linear(top, self.weight.unsqueeze(0), self.bias))
+        dtype = accumulated_in(top.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        q = torch.sigmoid(functional.linear(top.to(dtype), weight.unsqueeze(0), bias))
         return q, torch.zeros_like(q)
 
     def after_skip(self, gate, accumulated):
@@ -315,6 +357,13 @@ class Selective(NeuronPolicy):
             coordinator.reset_parameters()
         self.set_epoch(0)
 
+    def start_open(self):
+        """a = 0.1 for every neuron, at every slope where the hard sigmoid has one."""
+        for coordinator in self.coordinators:
+            nn.init.zeros_(coordinator.weight_input)
+            nn.init.zeros_(coordinator.weight_state)
+            nn.init.constant_(coordinator.bias, 0.1)
+
     def set_epoch(self, epoch):
         self.slope.fill_(min(5.0, 1 + 0.04 * epoch))
 
@@ -324,6 +373,25 @@ class Selective(NeuronPolicy):
 
     def flops_per_step(self):
         return sum(c.weight_input.numel() + c.weight_state.numel() for c in self.coordinators)
+
+
+class Policies(nn.ModuleList):
+    """The policies of a network of several stacks, each with a gate of its own."""
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for policy in self:
+            policy.reset_parameters()  # type: ignore[operator]
+
+    def start_open(self) -> None:
+        """Let all start where everything updates."""
+        for policy in self:
+            policy.start_open()  # type: ignore[operator]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell all that training epoch `epoch` begins."""
+        for policy in self:
+            policy.set_epoch(epoch)  # type: ignore[operator]
 
 
 POLICIES: dict[str, type[Policy]] = {

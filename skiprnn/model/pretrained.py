@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 SUFFIX = ".safetensors"
+FILE, LAST = f"model{SUFFIX}", f"last{SUFFIX}"  # of the epoch with the best validation score, and of the last one
 KEY = "skiprnn"  # of the metadata entry that holds the record as JSON
 
 
@@ -43,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         record = json.loads(metadata[KEY])
         model = record["config"]["model"]
         tensors["rnn.layers.0.weight_ih"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"checkpoint {path} was not written by skiprnn.publish") from None
     check_sizes(path, model, tensors)
     return record, tensors
@@ -66,7 +67,7 @@ def check_sizes(path: Path, model: Any, tensors: Mapping[str, Tensor], prefix: s
         held = {(len(layers), tensors[f"{prefix}rnn.layers.{layer}.weight_hh"].shape[1]) for layer in layers}
         embedding = tensors.get(f"{prefix}embedding.weight")
         fits = embedding is None or embedding.shape[1] == model["embedding_size"]
-        sound = held == {said} and fits and all(weight.dim() for weight in weights)
+        sound = held == {said} and fits and all(weight.dim() and weight.is_contiguous() for weight in weights)
     except (KeyError, TypeError, IndexError, AttributeError):
         sound = False
     if not sound:

@@ -1,41 +1,37 @@
 """A recurrent network = cells × policy × layers, with torch.nn.LSTM's habits.
 
 rnn = SkipLSTM(input_size, hidden_size, num_layers=1, batch_first=False)
-output, state, updates = rnn(x, state=None, lengths=None)
+output, (h, c), updates = rnn(x, state=None, lengths=None)  # output, h, updates for GRUs
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from skiprnn.model import engines, pretrained
+from skiprnn.model import engines, onnx, pretrained
 from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
-from skiprnn.model.engines.call import Call
-from skiprnn.model.policies import POLICIES, Gate, Policy, StepPolicy, make_policy
+from skiprnn.model.engines.call import Call, Result
+from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy, accumulated_in, make_policy
+from skiprnn.model.state import attach, converted, each
 from skiprnn.model.stream import Stream
 
-
-class RecurrentState(NamedTuple):
-    """What a recurrent network remembers between two calls. Feed it back to continue a sequence.
-
-    Layers of unequal hidden sizes have tuples of (B, H) tensors in place of (L, B, H).
-    """
-
-    h: Tensor | tuple[Tensor, ...]  # (L, B, H)
-    c: Tensor | tuple[Tensor, ...] | None = None  # (L, B, H), LSTM
-    update_prob: Tensor | None = None  # (B, 1), Skip: q, the increment of the gate per skipped step
-    cum_update_prob: Tensor | None = None  # (B, 1), Skip: s, accumulated since the last update
-    others: dict[str, Any] | None = None  # what other cells and policies carry, likewise, by its name
+NO_JIT = "torch.jit cannot hold this network: use torch.export.export(rnn, (x,)), or rnn.to_onnx(file)"
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments of Recurrent."""
 
+    bias: bool
     batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
     learn_initial_state: bool
     p_skip: float | None
     engine: str
@@ -43,8 +39,18 @@ class Options(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
+class Stack(NamedTuple):
+    """Layers that are updated together under one policy, and so by one gate."""
+
+    cells: Sequence[Cell]  # from the input up
+    policy: Policy
+    reverse: bool  # reads each sequence from its last valid step to its first
+
+
 class Recurrent(nn.Module):
-    """A stack of layers of one cell under one update policy.
+    """A stack of layers of one cell under one update policy; bidirectional, a stack per layer and direction.
+
+    D is 2 if bidirectional, else 1.
 
     Args:
         cell: a name in skiprnn.model.cells.CELLS.
@@ -52,13 +58,19 @@ class Recurrent(nn.Module):
         input_size: I.
         hidden_size: H, one for all layers or one per layer.
         num_layers: L.
+        bias: whether the cells have any; what a policy learns has its own.
         batch_first: x, output and updates are (B, T, ·); otherwise (T, B, ·), as in torch. `state` does not change.
+        dropout: in training, the probability of zeroing an output of each layer but the last, as the next one reads it.
+        bidirectional: every layer reads in both directions, as torch's does, each with a policy and a gate of its own;
+            their outputs side by side are what the next layer reads.
+        proj_size: none but 0, torch's default.
         learn_initial_state: trainable initial states drawn from N(0, 1) (Skip RNN's code), or zeros (SA-RNN's code).
         p_skip: probability of skipping, for policies that draw.
         engine: who runs the time loop, see skiprnn.model.engines; "auto" takes the fastest that serves.
+        device, dtype: of the parameters; float32 unless given.
 
     Raises:
-        ValueError: an unknown name, a size below 1, p_skip out of [0, 1] or where it does not belong.
+        ValueError: an unknown name, a size below 1, a probability out of [0, 1], p_skip where it does not belong.
     """
 
     def __init__(
@@ -69,7 +81,11 @@ class Recurrent(nn.Module):
         hidden_size: int | Sequence[int],
         num_layers: int = 1,
         *,
+        bias: bool = True,
         batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
         learn_initial_state: bool = True,
         p_skip: float | None = None,
         engine: str = "auto",
@@ -79,11 +95,11 @@ class Recurrent(nn.Module):
         super().__init__()
         if cell not in CELLS:
             raise ValueError(f"unknown cell {cell!r}; there are {', '.join(CELLS)}")
-        given = [hidden_size] if isinstance(hidden_size, int | float) else list(hidden_size)
+        given = list(hidden_size) if isinstance(hidden_size, Sequence) else [hidden_size]
         if not all(isinstance(size, int) for size in (input_size, num_layers, *given)):
             raise ValueError(
-                f"sizes must be integers; got input_size={input_size}, hidden_size={hidden_size}, "
-                f"num_layers={num_layers}"
+                f"sizes must be integers; got input_size={input_size!r}, hidden_size={hidden_size!r}, "
+                f"num_layers={num_layers!r}"
             )
         sizes = given * num_layers if isinstance(hidden_size, int) else given
         if min([input_size, num_layers, *sizes]) < 1 or len(sizes) != num_layers:
@@ -91,15 +107,27 @@ class Recurrent(nn.Module):
                 f"sizes must be at least 1, with a hidden size for each layer; got input_size={input_size}, "
                 f"hidden_size={hidden_size}, num_layers={num_layers}"
             )
+        if proj_size:
+            raise ValueError(f"proj_size={proj_size}: the papers' cells have no projection; put an nn.Linear behind")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is the probability of zeroing an output, in [0, 1]; got {dropout!r}")
+        if dropout and num_layers == 1:
+            warnings.warn("dropout acts between layers: with num_layers=1 it does nothing", stacklevel=3)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.batch_first = batch_first
+        self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         self.engine = engine
         engines.check(engine)
-        self.layers = nn.ModuleList(
-            CELLS[cell](below, size, learn_initial_state)
-            for below, size in zip([input_size, *sizes[:-1]], sizes, strict=True)
+        directions = 2 if bidirectional else 1
+        read = [input_size, *(directions * size for size in sizes[:-1])]
+        options = {} if bias else {"bias": False}
+        self.layers = nn.ModuleList(  # in the order of torch's weights: both directions of a layer, then the next layer
+            CELLS[cell](below, size, learn_initial_state, **options)
+            for below, size in zip(read, sizes, strict=True)
+            for _ in range(directions)
         )
-        self.policy: Policy = make_policy(policy, self.cells, p_skip)
+        self.policy: Any = make_policy(policy, self.cells, p_skip)
+        if bidirectional:
+            self.policy = Policies(make_policy(policy, [cell], p_skip) for cell in self.cells)
         self.to(device=device, dtype=dtype)
 
     @classmethod
@@ -139,8 +167,17 @@ class Recurrent(nn.Module):
 
     @property
     def cells(self) -> list[Cell]:
-        """The layers, from the input up."""
+        """The layers, from the input up; bidirectional, a layer's forwards and backwards one after the other."""
         return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def blocks(self) -> list[list[Stack]]:
+        """The stacks, in the order in which they run; those of one list read the same."""
+        if not self.bidirectional:
+            return [[Stack(self.cells, self.policy, False)]]
+        pairs = zip(self.cells, self.policy, strict=True)
+        every = [Stack([cell], policy, bool(number % 2)) for number, (cell, policy) in enumerate(pairs)]
+        return [every[layer : layer + 2] for layer in range(0, len(every), 2)]
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as the constructor does."""
@@ -151,25 +188,28 @@ class Recurrent(nn.Module):
     def forward(
         self,
         x: Tensor | PackedSequence,
-        state: RecurrentState | Sequence[Tensor] | Tensor | None = None,
+        state: Any = None,
         lengths: Tensor | Sequence[int] | None = None,
-    ) -> tuple[Any, RecurrentState, Any]:
+    ) -> tuple[Any, Any, Any]:
         """Run whole sequences.
 
         Args:
             x: (T, B, I), or (B, T, I) with batch_first; one sequence (T, I); a PackedSequence; the parameters' dtype
-                and device.
-            state: where to continue: a RecurrentState, or as in torch a pair (h, c) for LSTMs, h for GRUs, (L, B, H)
-                each, (L, H) for one sequence. None: the initial state.
+                and device. Under autocast any precision up to float32, and the recurrence runs in the parameters'.
+            state: where to continue, as in torch a pair (h, c) for LSTMs, h for GRUs, (L*D, B, H) each, (L*D, H) for
+                one sequence; for layers of unequal sizes tuples of (B, H). A returned h carries the policy's gate state
+                (see GatedState), with another h the gate starts anew; (h, c, *gate_state) gives it by hand. None: the
+                initial state.
             lengths: (B,) integers, the steps of each sequence that count; later ones update nothing and repeat the
                 last valid output. None: all T.
 
         Returns:
-            output: the top layer's h, (T, B, H), laid out or packed as x.
-            state: after the last valid step.
-            updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, H) for neuron policies (all
-                layers' neurons side by side), laid out or packed as x; differentiable (straight-through) where the
-                policy learns.
+            output: the top layer's h, (T, B, D*H), laid out or packed as x; under autocast in its precision.
+            state: after the last valid step, in the form of the argument.
+            updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, L*D*H) for neuron policies
+                (all layers' neurons side by side), laid out or packed as x; differentiable (straight-through) where
+                the policy learns. Bidirectional step policies have (T, B, L*D), a gate each. At
+                least float32, for its sums.
 
         Raises:
             ValueError: a shape or dtype that does not fit, or weights that a hook computes; the message names it.
@@ -182,12 +222,23 @@ class Recurrent(nn.Module):
             if lengths is not None:
                 raise ValueError("one sequence (steps, input) takes no lengths: cut it")
             batch = 0 if self.batch_first else 1
-            output, after, updates = self(x.unsqueeze(batch), _each(state, Tensor.unsqueeze))
-            return output.squeeze(batch), _each(after, Tensor.squeeze), updates.squeeze(batch)
-        call = self.prepare(x, state, lengths)
-        return self.finish(*engines.ENGINES[self.engine_for(call.x)].run(call))
+            output, after, updates = self(x.unsqueeze(batch), each(state, Tensor.unsqueeze))
+            return output.squeeze(batch), each(after, Tensor.squeeze), updates.squeeze(batch)
+        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+            low, dtype = torch.get_autocast_dtype(x.device.type), self.cells[0].weight_ih.dtype
+            with torch.autocast(x.device.type, enabled=False):  # a recurrence adds up what it rounds
+                output, after, updates = self(converted(x, dtype), converted(state, dtype), lengths)
+            return converted(output, low), after, updates
+        x, lengths = self._read(x, lengths)
+        parts = iter(self.unpack(state, x.shape[0]))  # len(x) would fix what torch.export leaves open
+        results: list[Result] = []
+        for block in self.blocks:
+            if results:
+                x = functional.dropout(self._output(results), self.dropout, self.training)
+            results += [self._run(stack, self._call(stack, x, lengths, *next(parts), state is None)) for stack in block]
+        return self.finish(results)
 
-    def _packed(self, x: PackedSequence, state) -> tuple[PackedSequence, RecurrentState, PackedSequence]:
+    def _packed(self, x: PackedSequence, state) -> tuple[PackedSequence, Any, PackedSequence]:
         """forward of a PackedSequence; as in torch, `state` has the order of the sequences before they were sorted."""
         padded, lengths = pad_packed_sequence(x, self.batch_first)
         output, after, updates = self(padded, state, lengths)
@@ -205,38 +256,101 @@ class Recurrent(nn.Module):
 
     def prepare(self, x: Tensor, state=None, lengths: Tensor | Sequence[int] | None = None) -> Call:
         """What an engine's run takes, from forward's arguments; the policy's decisions are drawn here."""
+        if self.bidirectional:
+            raise ValueError("a bidirectional network is several stacks, each prepared when its input is there")
+        x, lengths = self._read(x, lengths)
+        ((stack,),), (part,) = self.blocks, self.unpack(state, len(x))
+        return self._call(stack, x, lengths, *part, alike=state is None)
+
+    def finish(self, results: Sequence[Result]) -> tuple[Tensor, Any, Tensor]:
+        """forward's results, from what engines returned for each stack."""
+        output, updates = self._output(results), results[0].updates
+        if self.bidirectional:
+            every = [result.updates for result in results]
+            updates = torch.stack(every, 2) if updates.dim() == 2 else torch.cat(every, 2)
+        updates = updates.to(accumulated_in(updates.dtype))
+        if not self.batch_first:
+            output, updates = output.transpose(0, 1), updates.transpose(0, 1)
+        return output, self.pack([(result.states, result.gate) for result in results]), updates
+
+    def _output(self, results: Sequence[Result]) -> Tensor:
+        """(B, T, D*H) of the last layer that ran."""
+        return torch.cat([result.output for result in results[-2:]], 2) if self.bidirectional else results[0].output
+
+    def _call(self, stack: Stack, x: Tensor, lengths: Tensor | None, states, gate: Gate, alike: bool) -> Call:
+        """What an engine is given for one stack; x as it lies, also where the stack reads it in reverse."""
+        cells, policy, reverse = stack
+        sizes = [cell.hidden_size for cell in cells]
+        draw = policy.draw(x, sum(sizes))
+        masks: list[Tensor] = []
+        if self.dropout and self.training:
+            masks = [functional.dropout(x.new_ones(*x.shape[:2], size), self.dropout) for size in sizes[:-1]]
+        x = _reversed(x, lengths) if reverse else x
+        return Call(cells, policy, x, states, gate, draw, lengths, alike, masks)
+
+    def _run(self, stack: Stack, call: Call) -> Result:
+        """One stack's result, laid out in the order of the steps also where it reads them in reverse."""
+        engine = engines.choose(self.engine, call.cells, call.policy, call.x, bool(call.masks))
+        result = engines.ENGINES[engine].run(call)
+        if not stack.reverse:
+            return result
+        updates = result.updates if result.updates.dim() == 3 else result.updates.unsqueeze(2)
+        updates = _reversed(updates, call.lengths)
+        if call.lengths is not None:
+            updates = updates.masked_fill(~_valid(updates, call.lengths), 0)
+        return result._replace(output=_reversed(result.output, call.lengths), updates=updates.view_as(result.updates))
+
+    def stream(self, state: Any = None, batch_size: int | None = None) -> Stream:
+        """Run endless sequences sample by sample; tells which coming samples need not be read.
+
+        Args:
+            state: where to continue, as forward's of batch 1 or batch_size, or what Stream.to_bytes gave.
+            batch_size: B streams, each in its own time; None: one, whose samples and outputs have no batch dimension.
+
+        Raises:
+            ValueError: a state that does not fit; bytes that are damaged, or of another network; two directions.
+        """
+        if self.bidirectional:
+            raise ValueError("a stream goes forwards: what reads a sequence in both directions needs it whole")
+        return Stream(self, state, batch_size)
+
+    @torch.no_grad()
+    def round_weights(self) -> Self:
+        """Round the matrices of the cells, and of SA-RNN's coordinators, to bfloat16, for inference; their dtype stays.
+
+        One sequence at a time is bound by reading them: the native engine then reads half as much, and sums in float32
+        as before. What is rounded stays so. Returns the network.
+        """
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.bfloat16())
+        return self
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write the network to an ONNX file, see skiprnn.model.onnx.export."""
+        onnx.export(self, path)
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(NO_JIT)  # torch.jit.script asks
+
+    def engine_for(self, x: Tensor) -> str:
+        """The engine that runs an input like x, (B, T, I): what "auto" stands for."""
+        stack = self.blocks[0][0]
+        tied = bool(self.dropout and self.training and len(stack.cells) > 1)
+        return engines.choose(self.engine, stack.cells, stack.policy, x, tied)
+
+    def _read(self, x: Any, lengths: Any) -> tuple[Tensor, Tensor | None]:
+        """x as (B, T, I) and the lengths, checked."""
         if not isinstance(x, Tensor):
             raise ValueError(f"x must be a tensor or a PackedSequence; got {type(x).__name__}")
+        if torch.jit.is_tracing():
+            raise RuntimeError(NO_JIT)
         if lengths is not None and not isinstance(lengths, Tensor):
             try:
                 lengths = torch.tensor(lengths)
             except (TypeError, ValueError, RuntimeError):
                 raise ValueError(f"lengths must be integers, one per sequence; got {lengths!r}") from None
-        x = self._checked(x if self.batch_first or x.dim() < 2 else x.transpose(0, 1), lengths)
-        if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
-            valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
-            x = x.masked_fill(~valid.unsqueeze(2), 0)
-        states, gate = self.unpack(state, x.shape[0])
-        draw = self.policy.draw(x, sum(cell.hidden_size for cell in self.cells))
-        return Call(self.cells, self.policy, x, states, gate, draw, lengths, alike=state is None)
-
-    def finish(
-        self, output: Tensor, states: Sequence[State], gate: Gate, updates: Tensor
-    ) -> tuple[Tensor, RecurrentState, Tensor]:
-        """forward's results, from what an engine's run returned."""
-        if not self.batch_first:
-            output, updates = output.transpose(0, 1), updates.transpose(0, 1)
-        return output, self.pack(states, gate), updates
-
-    def stream(self, state: RecurrentState | None = None) -> Stream:
-        """Run one sequence sample by sample, from `state` (batch 1) on; tells which coming samples need not be read."""
-        return Stream(self, state)
-
-    def engine_for(self, x: Tensor) -> str:
-        """The engine that runs an input like x: what "auto" stands for."""
-        return engines.choose(self.engine, self.cells, self.policy, x)
-
-    def _checked(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        x = x if self.batch_first or x.dim() < 2 else x.transpose(0, 1)
         if x.dim() != 3 or x.shape[-1] != self.input_size or not x.shape[1]:
             layout = "(batch, steps, input)" if self.batch_first else "(steps, batch, input)"
             shape = tuple(x.shape if self.batch_first or x.dim() < 2 else x.transpose(0, 1).shape)
@@ -245,78 +359,107 @@ class Recurrent(nn.Module):
             raise ValueError(f"x is {x.dtype}, the parameters are {self.cells[0].weight_ih.dtype}: convert one of them")
         if lengths is not None and (lengths.shape != x.shape[:1] or lengths.dtype.is_floating_point):
             raise ValueError(f"lengths must be {x.shape[0]} integers, one per sequence; got {tuple(lengths.shape)}")
-        for part in (*self.cells, self.policy):  # torch.nn.utils.prune, and weight_norm as it was
+        policies = self.policy if self.bidirectional else [self.policy]
+        for part in (*self.cells, *policies):  # torch.nn.utils.prune, and weight_norm as it was
             if part._forward_pre_hooks and any(isinstance(value, Tensor) for value in vars(part).values()):
                 raise ValueError(
                     f"a hook computes weights of {type(part).__name__}, and engines call no hooks: make them permanent "
                     "(torch.nn.utils.prune.remove) or use torch.nn.utils.parametrize"
                 )
-        return x
+            if any(hasattr(value, "device_mesh") for value in part._parameters.values()):  # a DTensor
+                raise ValueError(
+                    f"the weights of {type(part).__name__} are sharded: give fully_shard the whole network, whose "
+                    "forward gathers them, and no part of it"
+                )
+        if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
+            x = x.masked_fill(~_valid(x, lengths), 0)
+        return x, lengths
 
-    def unpack(self, state, batch_size: int) -> tuple[list[State], Gate]:
-        """Per-layer states and the policy's gate, from what the caller passed as forward's `state`.
+    def unpack(self, state: Any, batch_size: int) -> list[tuple[list[State], Gate]]:
+        """Each stack's per-layer states and gate, from what the caller passed as forward's `state`.
 
         Raises:
             ValueError: as forward.
         """
-        gate = self.policy.initial_gate(batch_size) if isinstance(self.policy, StepPolicy) else ()
+        stacks = [stack for block in self.blocks for stack in block]
+        gates = [
+            stack.policy.initial_gate(batch_size) if isinstance(stack.policy, StepPolicy) else () for stack in stacks
+        ]
+        gate = tuple(part for one in gates for part in one)
         if state is None:
-            return [cell.initial_state(batch_size) for cell in self.cells], gate
-        names, gate_names = self.state_names
-        if isinstance(state, RecurrentState):
-            found = {name: part for name, part in state._asdict().items() if name != "others" and part is not None}
-            found |= state.others or {}
-        else:
-            parts = [state] if isinstance(state, Tensor) else [part for part in state if part is not None]
-            found = dict(zip((*names, *gate_names, *range(len(parts))), parts, strict=False))
-        if found.keys() - set(gate_names) != set(names) or len(found) not in (len(names), len(names + gate_names)):
+            initial = [[cell.initial_state(batch_size) for cell in stack.cells] for stack in stacks]
+            return list(zip(initial, gates, strict=True))
+        names = self.cells[0].state_names
+        parts: list[Any] = []
+        if isinstance(state, Tensor):
+            parts = [state]
+        elif (
+            isinstance(state, Sequence) and state and not isinstance(state, str)
+        ):  # of a GRU's unequal layers, or of all parts
+            of_layers = len(names) == 1 and not isinstance(self.hidden_size, int) and isinstance(state[0], Tensor)
+            parts = [state] if of_layers else list(state)
+        if not all(isinstance(part, Tensor | Sequence) for part in parts) or not all(
+            isinstance(layer, Tensor) for part in parts for layer in part
+        ):
+            parts = []
+        if len(parts) not in (len(names), len(names) + len(gate)):
             wanted = f"{', '.join(names)}{' and the gate' if gate else ''}"
-            raise ValueError(f"state must hold {wanted}; got {len(found)} parts")
+            found = f"{len(parts)} parts" if parts else type(state).__name__
+            raise ValueError(f"state must hold {wanted}; got {found}")
+        entries, given = parts[: len(names)], tuple(parts[len(names) :])
+        if not given:  # it rides along on h, or on the top layer's h where they differ in size
+            top = entries[0] if isinstance(entries[0], Tensor) else entries[0][-1]
+            given = getattr(top, "gate_state", ()) if gate else ()
         expected = [(batch_size, cell.hidden_size) for cell in self.cells]
-        for name in names:
-            if [tuple(layer.shape) for layer in found[name]] != expected:
-                shapes = [tuple(layer.shape) for layer in found[name]]
+        for name, entry in zip(names, entries, strict=True):
+            shapes = [tuple(layer.shape) for layer in entry]
+            if shapes != expected:
                 raise ValueError(f"state {name} must be {expected} over the layers; got {shapes}")
-        given = tuple(found[name] for name in gate_names if name in found)
         if given and [tuple(part.shape) for part in given] != [(batch_size, 1)] * len(gate):
             shapes = [tuple(part.shape) for part in given]
-            raise ValueError(f"the state's gate must be {(batch_size, 1)} each; got {shapes}")
+            raise ValueError(f"the state's gate must be {len(gate)} of {(batch_size, 1)}; got {shapes}")
         dtype = self.cells[0].weight_ih.dtype
-        for name, part in found.items():
-            for tensor in part:
-                if tensor.dtype != dtype:
-                    what = name if name in names else "gate"
-                    raise ValueError(f"state {what} is {tensor.dtype}, the parameters are {dtype}: convert one of them")
-        return list(zip(*(found[name] for name in names), strict=True)), given or gate
+        for name, entry in zip(names, entries, strict=True):
+            for layer in entry:
+                if layer.dtype != dtype:
+                    raise ValueError(f"state {name} is {layer.dtype}, the parameters are {dtype}: convert one of them")
+        given = tuple(part.to(own.dtype) for part, own in zip(given, gate, strict=False))
+        states: list[State] = list(zip(*entries, strict=True))
+        if not self.bidirectional:
+            return [(states, given or gate)]
+        size = len(gates[0])
+        return [([one], (given or gate)[size * n : size * (n + 1)]) for n, one in enumerate(states)]
 
-    def pack(self, states: Sequence[State], gate: Gate) -> RecurrentState:
-        """The public form of per-layer states and gate."""
-        names, gate_names = self.state_names
-        equal = isinstance(self.hidden_size, int)
-        entries: list[Any] = [torch.stack(layers) if equal else layers for layers in zip(*states, strict=True)]
-        carried = dict(zip((*names, *gate_names), (*entries, *gate), strict=True))
-        known = {name: carried.pop(name) for name in RecurrentState._fields if name in carried}
-        return RecurrentState(**known, others=carried or None)
-
-    @property
-    def state_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Of the cells' state entries, and of the policy's gate."""
-        return self.cells[0].state_names, self.policy.gate_names if isinstance(self.policy, StepPolicy) else ()
+    def pack(self, parts: Sequence[tuple[Sequence[State], Gate]]) -> Any:
+        """The public form of each stack's per-layer states and gate."""
+        gate = tuple(one for _, gate in parts for one in gate)
+        layers = [list(entry) for entry in zip(*(state for states, _ in parts for state in states), strict=True)]
+        if isinstance(self.hidden_size, int):
+            entries: list[Any] = [torch.stack(entry) for entry in layers]
+            entries[0] = attach(entries[0], gate)
+        else:
+            layers[0][-1] = attach(layers[0][-1], gate)
+            entries = [tuple(entry) for entry in layers]
+        return entries[0] if len(entries) == 1 else tuple(entries)
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
+        text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
+        rest = {"bias": True, "dropout": 0.0, "bidirectional": False}
+        given = [f"{name}={getattr(self, name)}" for name, usual in rest.items() if getattr(self, name) != usual]
+        return ", ".join([text, *given])
 
 
-def _each(state, change):
-    """A state whose tensors are changed between one sequence and a batch of one; change is unsqueeze or squeeze."""
-    if isinstance(state, Tensor):
-        return change(state, -2)
-    if isinstance(state, dict):
-        return {name: _each(part, change) for name, part in state.items()}
-    if isinstance(state, RecurrentState):
-        q, s = (None if part is None else change(part, 0) for part in (state.update_prob, state.cum_update_prob))
-        return RecurrentState(_each(state.h, change), _each(state.c, change), q, s, _each(state.others, change))
-    return None if state is None else tuple(_each(part, change) for part in state)
+def _valid(x: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T, 1): whether a step of x (B, T, ·) counts."""
+    return (torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
+
+
+def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, T, ·) with each sequence's valid steps from the last to the first; what follows them repeats the last."""
+    if lengths is None:
+        return x.flip(1)
+    order = lengths.to(x.device).unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
+    return x.take_along_dim(order.clamp(min=0).unsqueeze(2), 1)
 
 
 class _Named(Recurrent):
@@ -336,7 +479,7 @@ class _Named(Recurrent):
     def from_torch(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:
         """A network that begins with the weights of a torch.nn.LSTM, so with zeros as its initial state.
 
-        Its policy is new. A Skip LSTM's gate starts close to 1, so fine-tuning starts from the LSTM's function.
+        Its policy is new; a learned one starts where everything updates, so fine-tuning starts at the LSTM's function.
 
         Args:
             lstm: the trained module.
@@ -352,25 +495,32 @@ class _Named(Recurrent):
             )
         if not isinstance(lstm, nn.LSTM):
             raise ValueError(f"from_torch takes a torch.nn.LSTM; got {type(lstm).__name__}")
-        for name in ("bidirectional", "proj_size", "dropout"):
-            if getattr(lstm, name):
-                raise ValueError(f"{cls.__name__} has no {name}; the torch.nn.LSTM has {name}={getattr(lstm, name)}")
+        if lstm.proj_size:
+            raise ValueError(f"{cls.__name__} has no proj_size; the torch.nn.LSTM has proj_size={lstm.proj_size}")
         weight = next(lstm.parameters())
-        defaults = Options(batch_first=lstm.batch_first, device=weight.device, dtype=weight.dtype)
-        options = Options(**{"learn_initial_state": False, **defaults, **options})
+        like: Options = {"bias": lstm.bias, "dropout": lstm.dropout, "bidirectional": lstm.bidirectional}
+        like |= {"batch_first": lstm.batch_first, "device": weight.device, "dtype": weight.dtype}
+        options = Options(**{"learn_initial_state": False, **like, **options})
+        if [options[name] for name in ("bias", "bidirectional")] != [lstm.bias, lstm.bidirectional]:
+            raise ValueError("bias and bidirectional are the torch.nn.LSTM's: leave them out")
         rnn = cls(lstm.input_size, lstm.hidden_size, lstm.num_layers, **options)
         order = _gate_rows(TORCH_GATES, LSTMCell.gates, lstm.hidden_size).to(weight.device)
         with torch.no_grad():
-            for layer, cell in enumerate(rnn.cells):
-                cell.weight_ih.copy_(getattr(lstm, f"weight_ih_l{layer}")[order])
-                cell.weight_hh.copy_(getattr(lstm, f"weight_hh_l{layer}")[order])
-                cell.bias.copy_(cell.bias - cell.total_bias)  # what is added for good is taken off
+            for cell, theirs in zip(rnn.cells, _torch_names(lstm), strict=True):
+                cell.weight_ih.copy_(getattr(lstm, f"weight_ih_{theirs}")[order])
+                cell.weight_hh.copy_(getattr(lstm, f"weight_hh_{theirs}")[order])
                 if lstm.bias:
-                    both = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
-                    cell.bias.add_(both[order].to(cell.bias))
+                    both = getattr(lstm, f"bias_ih_{theirs}") + getattr(lstm, f"bias_hh_{theirs}")
+                    cell.bias.add_(both[order].to(cell.bias) - cell.total_bias)  # which has what is added for good
                 for initial in cell.initial_state(1):
                     initial.zero_()
+            rnn.policy.start_open()
         return rnn
+
+
+def _torch_names(lstm: nn.LSTM) -> list[str]:
+    """What the names of a torch.nn.LSTM's weights end with, in the order of our layers."""
+    return [f"l{layer}{end}" for layer in range(lstm.num_layers) for end in ["", "_reverse"][: 1 + lstm.bidirectional]]
 
 
 TORCH_GATES = ("i", "f", "j", "o")  # of torch.nn.LSTM's rows; it calls j g
@@ -381,7 +531,49 @@ def _gate_rows(given: Sequence[str], wanted: Sequence[str], hidden_size: int) ->
     return torch.cat([torch.arange(hidden_size) + given.index(gate) * hidden_size for gate in wanted])
 
 
-class LSTM(_Named):
+class _OfLSTM(_Named):
+    """What type checkers are told of LSTMs, whose state is (h, c); of unequal layers its entries are tuples."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            state: Sequence[Tensor] | None = None,
+            lengths: Tensor | Sequence[int] | None = None,
+        ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
+
+        @overload
+        def __call__(
+            self, x: PackedSequence, state: Sequence[Tensor] | None = None
+        ) -> tuple[PackedSequence, tuple[Tensor, Tensor], PackedSequence]: ...
+
+        def __call__(self, x, state=None, lengths=None): ...
+
+
+class _OfGRU(_Named):
+    """What type checkers are told of GRUs, whose state is h; of unequal layers a tuple."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            state: Tensor | Sequence[Tensor] | None = None,
+            lengths: Tensor | Sequence[int] | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, x: PackedSequence, state: Tensor | Sequence[Tensor] | None = None
+        ) -> tuple[PackedSequence, Tensor, PackedSequence]: ...
+
+        def __call__(self, x, state=None, lengths=None): ...
+
+
+class LSTM(_OfLSTM):
     """LSTM that updates at every step: the papers' baseline."""
 
     cell_and_policy = "lstm", "always"
@@ -398,55 +590,57 @@ class LSTM(_Named):
             raise ValueError(f"torch.nn.LSTM has one hidden size; the layers have {list(self.hidden_size)}")
         weight = self.cells[0].weight_ih
         size, layers = self.hidden_size, self.num_layers
-        options = {"batch_first": self.batch_first, "device": weight.device, "dtype": weight.dtype}
-        lstm = nn.LSTM(self.input_size, size, layers, **options)
+        names = ("bias", "batch_first", "dropout", "bidirectional")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        lstm = nn.LSTM(self.input_size, size, layers, **options, device=weight.device, dtype=weight.dtype)
         order = _gate_rows(LSTMCell.gates, TORCH_GATES, size).to(weight.device)
         with torch.no_grad():
-            for layer, cell in enumerate(self.cells):
-                getattr(lstm, f"weight_ih_l{layer}").copy_(cell.weight_ih[order])
-                getattr(lstm, f"weight_hh_l{layer}").copy_(cell.weight_hh[order])
-                getattr(lstm, f"bias_ih_l{layer}").copy_(cell.total_bias[order])
-                getattr(lstm, f"bias_hh_l{layer}").zero_()
+            for cell, theirs in zip(self.cells, _torch_names(lstm), strict=True):
+                getattr(lstm, f"weight_ih_{theirs}").copy_(cell.weight_ih[order])
+                getattr(lstm, f"weight_hh_{theirs}").copy_(cell.weight_hh[order])
+                if self.bias:
+                    getattr(lstm, f"bias_ih_{theirs}").copy_(cell.total_bias[order])
+                    getattr(lstm, f"bias_hh_{theirs}").zero_()
         return lstm
 
 
-class GRU(_Named):
+class GRU(_OfGRU):
     """GRU that updates at every step: the papers' baseline, another function than torch.nn.GRU (see GRUCell)."""
 
     cell_and_policy = "gru", "always"
 
 
-class RandomSkipLSTM(_Named):
+class RandomSkipLSTM(_OfLSTM):
     """LSTM that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
 
     cell_and_policy = "lstm", "random_steps"
 
 
-class RandomSkipGRU(_Named):
+class RandomSkipGRU(_OfGRU):
     """GRU that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
 
     cell_and_policy = "gru", "random_steps"
 
 
-class SkipLSTM(_Named):
+class SkipLSTM(_OfLSTM):
     """Skip LSTM ([SKIP]): learns which steps to skip."""
 
     cell_and_policy = "lstm", "skip"
 
 
-class SkipGRU(_Named):
+class SkipGRU(_OfGRU):
     """Skip GRU ([SKIP]): learns which steps to skip."""
 
     cell_and_policy = "gru", "skip"
 
 
-class SALSTM(_Named):
+class SALSTM(_OfLSTM):
     """SA-RNN ([SA]) with an LSTM cell: learns which neurons to update at each step."""
 
     cell_and_policy = "lstm", "selective"
 
 
-class SAGRU(_Named):
+class SAGRU(_OfGRU):
     """SA-RNN ([SA]) with a GRU cell, as published: learns which neurons to update at each step."""
 
     cell_and_policy = "gru", "selective"

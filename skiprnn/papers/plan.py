@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from skiprnn.papers.experiments import Experiment, Row, load
 from skiprnn.training import config as configs
-from skiprnn.training.config import ConfigError, RunConfig, packaged
+from skiprnn.training.config import ConfigError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
 
 HOW = ("output", "data_root", "engine", "device", "threads", "pack", "logger")  # no part of what a run is
@@ -50,7 +50,7 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment, list[PlannedRun], P
     folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
 
     def compose(given: Sequence[str]) -> DictConfig:
-        return hydra.compose("config", list(given))
+        return hydra.compose("config", list(given), return_hydra_config=True)
 
     try:
         grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
@@ -59,8 +59,10 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment, list[PlannedRun], P
             experiment = load(name) if name else None
             planned = runs(experiment, grid, compose)
             return experiment or plain(" ".join(overrides)), planned, folders[-1] if folders else None
-    except HydraException as error:
-        raise ConfigError(configs.in_one_line(error)) from None
+    except (HydraException, ValueError) as error:
+        if isinstance(error, ConfigError) or not (isinstance(error, HydraException) or configs.is_of_hydra(error)):
+            raise
+        raise ConfigError(configs.in_one_line(error, arguments)) from None
 
 
 def runs(
@@ -81,6 +83,8 @@ def runs(
     """
     rows: dict[str, list[PlannedRun]] = {}  # the runs of a row side by side
     read = _Reader(compose)
+    if not experiment:
+        configs.require_experiment([one for combination in grid for one in combination])
     numbers = configs.read_sweep(compose(list(grid[0]))).rows if grid else None
     occurrences = Counter(override for combination in grid for override in set(combination))
     for row in selected(experiment, numbers) if experiment else [Row("")]:
@@ -222,6 +226,7 @@ def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
     for file in files:
         try:
             content = json.loads(file.read_bytes())
+            _require_sound(content)
             settings = {"output": str(output), "profile": content["profile"]}
             planned = [
                 PlannedRun(row, RunConfig.of(entry["config"] | {"seed": seed}, **settings), ())
@@ -230,9 +235,22 @@ def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
                 for seed in entry["seeds"]
             ]
             plans.append(SavedPlan(Experiment(**content["experiment"]), content["command"], tuple(planned)))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             tell(f"{file} is damaged, or another version's; delete it, and the sweep's next start writes it again")
     return plans
+
+
+def _require_sound(content: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError unless a saved plan has what is shown of it."""
+    from skiprnn.papers.records import METRICS  # here, for it reads what is planned
+
+    columns = content["experiment"]["columns"]
+    if not METRICS.keys() >= set(columns) or not any(name.startswith("state_updates") for name in columns):
+        raise ValueError(columns)
+    for row in content["rows"]:
+        known = [one for value in row["published"].values() for one in (value if type(value) is list else [value])]
+        if not fits(row["label"], str) or not all(fits(one, float) or fits(one, bool) for one in known):
+            raise TypeError(row["label"])
 
 
 def selected(experiment: Experiment, numbers: Sequence[int] | None) -> list[Row]:

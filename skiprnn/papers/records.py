@@ -123,12 +123,9 @@ def read(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_bytes())
         run = RunConfig.of(record["config"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file} is damaged; delete it") from None
     return record if "error" in record else read_record(file, run)
-
-
-WEIGHTS = f"model{pretrained.SUFFIX}"
 
 
 def weights_file(published: Path, name: str) -> Path:
@@ -138,7 +135,7 @@ def weights_file(published: Path, name: str) -> Path:
         published: folder of published results.
         name: of the run.
     """
-    return published / "checkpoints" / name / WEIGHTS
+    return published / "checkpoints" / name / pretrained.FILE
 
 
 def exchange(planned: Sequence[PlannedRun], published: Path) -> None:

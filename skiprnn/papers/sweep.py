@@ -92,8 +92,10 @@ def run(
 
 
 def prepare(todo: Sequence[PlannedRun]) -> None:
-    """Fetch the data once, before many processes ask for them, perhaps where there is no internet."""
+    """Refuse loggers that are none; fetch the data once, before many processes ask for them, perhaps where there is no
+    internet."""
     for run in {repr((one.run.data, one.run.data_root)): one.run for one in todo}.values():
+        job.loggers_of(run)
         job.make_data(run).prepare()
 
 

@@ -187,6 +187,11 @@ class Submitted:
         return read_failures(failures_file(self.folder, self.id))
 
     @property
+    def began(self) -> bool:
+        """Whether it ever ran: it has a log from its first moment."""
+        return (self.folder / f"{self.id}_0_log.out").exists()
+
+    @property
     def last_words(self) -> str:
         """The last line that it wrote to stderr, and where."""
         log = self.folder / f"{self.id}_0_log.err"
@@ -231,7 +236,12 @@ def states(jobs: Collection[Submitted]) -> dict[str, tuple[str, str]]:
 
 
 def last_state(job: Submitted) -> str:
-    """Of a job that the queue has forgotten, if SLURM keeps accounts."""
+    """Of a job that the queue has forgotten.
+
+    A task of an array that is cancelled before it begins leaves no trace in SLURM; others, if SLURM keeps accounts.
+    """
+    if job.cluster == "slurm" and not job.began:
+        return "CANCELLED"
     with contextlib.suppress(ConfigError, IndexError):
         return output_of(
             "sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job.id}"
@@ -279,7 +289,7 @@ class Waiting:
     """
 
     def __init__(self, job: Submitted, runs: Mapping[str, RunConfig], attempts: int):
-        self.job, self.attempts, self.over = job, attempts, False
+        self.job, self.attempts, self.state = job, attempts, ""
         packs = [[runs[name] for name in pack if name in runs] for pack in job.packs]
         self.packs = [pack for pack in packs if pack]
         self.progress = progress(self.packs)
@@ -291,9 +301,15 @@ class Waiting:
         return self.rest
 
     def is_over(self, state: str) -> bool:
-        """Seen twice in a row: what a job wrote may arrive later than the news of its end."""
-        before, self.over = self.over, state in OVER
-        return before and self.over
+        """Seen twice in a row: what a job wrote may arrive later than the news of its end.
+
+        Args:
+            state: as the queue has it now; that it has forgotten the job does not change how the job ended.
+        """
+        before = self.state
+        if state != "GONE" or before not in OVER:
+            self.state = state
+        return before in OVER and self.state in OVER
 
 
 class Cluster:
@@ -447,14 +463,13 @@ class Cluster:
             try:
                 known = states([one.job for one in jobs])
                 for one in list(jobs):
-                    state = known[one.job.id][0]
-                    ended = one.is_over(state) or not one.left()
-                    found, died = self.settle(one, state) if ended else (one.job.failures, [])
+                    ended = one.is_over(known[one.job.id][0]) or not one.left()
+                    found, died = self.settle(one) if ended else (one.job.failures, [])
                     for name in found.keys() & runs.keys():
                         failures[name] = found[name]
                         news.once(f"failed: {found[name]}", f"failed: {name}: {found[name]}")
                     if died:
-                        news.tell(f"job {one.job.id} died ({state.lower()}), and its runs continue in another")
+                        news.tell(f"job {one.job.id} died ({one.state.lower()}), and its runs continue in another")
                         jobs += self.hold(died, one.attempts + 1)
                     if ended:
                         jobs.remove(one)
@@ -462,18 +477,18 @@ class Cluster:
                 news.once(f"{error}; waiting for it")
                 continue
             left = sum(len(pack) for one in jobs for pack in one.left())
-            stand = Counter(known[one.job.id] for one in jobs if one.job.id in known)
+            stand = Counter(known[one.job.id] for one in jobs if one.job.id in known and one.state not in OVER)
             news.standing(len(runs) - left - len(failures), len(failures), stand)
         return failures
 
-    def settle(self, one: Waiting, state: str) -> tuple[dict[str, str], Packs]:
+    def settle(self, one: Waiting) -> tuple[dict[str, str], Packs]:
         """What became of a job's runs: why they failed, by their names; and what died with it, to be tried again."""
-        if state == "GONE":
-            state = last_state(one.job)
+        if one.state == "GONE":
+            one.state = last_state(one.job)
         if (now := progress(one.packs)) != one.progress:
             one.attempts, one.progress = 0, now
         failures, left = one.job.failures, one.left()
-        if state == "CANCELLED":
+        if one.state == "CANCELLED":
             reason = f"job {one.job.id} was cancelled"
         elif one.attempts + 1 == ATTEMPTS:
             reason = f"{ATTEMPTS} jobs died and brought it no further; the last: {one.job.last_words}"

@@ -1,16 +1,20 @@
 """What a run is made of: the schema of the composed Hydra config, and what it checks before anything starts."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_type_hints
 
+import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,7 +52,9 @@ ADDED = {
 RETIRED = {"layer_norm": False}  # former options of a model: every identity has them, at the only value that is left
 
 
-NAME = re.compile(r"\w[\w.+-]*")  # of what makes a folder's name
+NAME = re.compile(r"\w[\w.+-]{,99}")  # of what makes a folder's name
+NAMING = "letters, digits, _ . + and - make a name, at most 100 of them"
+LARGEST_FLOAT = 1e30  # float32 has room for sums of such
 LARGEST = {"hidden_size": 2**16, "num_layers": 2**10, "embedding_size": 2**16, "threads": 2**10, "batch_size": 2**24}
 
 
@@ -68,8 +74,8 @@ def _require_sizes(part: str, settings: Any, *names: str) -> None:
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value from a file has the type of a parameter; True where the annotation does not say."""
     if annotation is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if annotation in (int, bool, str):
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if annotation in (int, bool, str, dict, list):
         return type(value) is annotation
     return not isinstance(annotation, UnionType) or any(
         value is None if kind is NoneType else fits(value, kind) for kind in annotation.__args__
@@ -109,11 +115,11 @@ class ModelConfig:
     def __post_init__(self):
         _require(self.cell in CELLS, f"model.cell={self.cell}: there are {', '.join(CELLS)}")
         _require(self.policy in POLICIES, f"model.policy={self.policy}: there are {', '.join(POLICIES)}")
-        _require(bool(NAME.fullmatch(self.name)), f"model.name={self.name}: letters, digits, _ . + and - make a name")
+        _require(bool(NAME.fullmatch(self.name)), f"model.name={self.name}: {NAMING}")
         _require_sizes("model.", self, "hidden_size", "num_layers", "embedding_size")
         _require(
-            0 <= self.cost_per_sample < math.inf,
-            f"model.cost_per_sample={self.cost_per_sample}: λ must be finite and not negative",
+            0 <= self.cost_per_sample <= LARGEST_FLOAT,
+            f"model.cost_per_sample={self.cost_per_sample}: λ must be finite and not negative, at most {LARGEST_FLOAT}",
         )
         _require(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be in [0, 1)")
         draws = POLICIES[self.policy].draws
@@ -144,7 +150,10 @@ class TrainingConfig:
         _require_sizes("training.", self, "epochs", "batch_size", "train_batches", "evaluation_batches")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"training.{name}={value}: must be positive and finite")
+            _require(
+                0 < value <= LARGEST_FLOAT,
+                f"training.{name}={value}: must be positive and finite, at most {LARGEST_FLOAT}",
+            )
         _require(
             0 <= self.cost_free_epochs < self.epochs,
             f"training.cost_free_epochs={self.cost_free_epochs}: must be at least 0 and below epochs={self.epochs}",
@@ -182,12 +191,15 @@ class RunConfig:
         _require(self.engine in ("auto", *ENGINES), f"engine={self.engine}: there are auto, {', '.join(ENGINES)}")
         _require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: there are auto, cpu, cuda")
         _require_sizes("", self, "pack", "threads")
-        _require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
-        name = self.data.get("name")
-        _require(
-            isinstance(name, str) and bool(NAME.fullmatch(name)),
-            f"data.name={name}: letters, digits, _ . + and - make a name",
-        )
+        _require(0 <= self.seed < 2**63, f"seed={self.seed}: must be 0 or more, and below 2**63")
+        for part, name in (("data", self.data.get("name")), ("profile", self.profile.get("name", "custom"))):
+            _require(
+                isinstance(name, str) and bool(NAME.fullmatch(name)),
+                f"{part}.name={name}: {NAMING}",
+            )
+        for key in ("note", "published"):
+            value = self.profile.get(key, "")
+            _require(isinstance(value, str), f"profile.{key}={value}: must be a text")
 
     @classmethod
     def of(cls, identity: dict[str, Any], **settings: Any) -> "RunConfig":
@@ -202,7 +214,7 @@ class RunConfig:
             if not isinstance(identity["data"], dict) or not fits(identity["seed"], int):
                 raise TypeError("data or seed")
             return cls(identity["data"], model, training, identity["seed"], **settings)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"a run of another version of skiprnn, or a damaged one: {error}") from None
@@ -287,6 +299,8 @@ def read(config: DictConfig) -> RunConfig:
     Raises:
         ConfigError: unknown key, wrong type, or a value out of its range.
     """
+    if "hydra" in config:
+        require_own_profile(config.hydra.runtime.choices)
     sweep = read_sweep(config)
     run = _checked(RunConfig, config, [str(key) for key in config if key != "hydra" and not hasattr(sweep, str(key))])
     assert isinstance(run, RunConfig)
@@ -319,7 +333,41 @@ def _checked(kind: type, config: DictConfig, keys: list[str]) -> Any:
         raise ConfigError(f"{key}{said}") from None
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error of Hydra's says, without where it has searched."""
+def in_one_line(error: Exception, arguments: Sequence[str]) -> str:
+    """What an error of Hydra's says, without where it has searched; with the argument where it does not name it."""
     said = str(error).partition("Config search path:")[0]
-    return " ".join(said.split())
+    unnamed = [one for one in arguments if one.endswith("=null")] if "Config group override" in said else []
+    return ": ".join([*unnamed, " ".join(said.split())])
+
+
+def is_of_hydra(error: Exception) -> bool:
+    """Whether Hydra has raised it itself: then it is about the command line, also where it is no HydraException."""
+    return Path(hydra.__file__).parent in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
+
+
+def require_own_profile(choices: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a data set that has profiles would be trained by another one's.
+
+    Args:
+        choices: of Hydra's config groups.
+    """
+    data, profile = choices["data"], choices["profile"]
+    own = {file.stem for folder in (packaged("conf"), Path("conf")) for file in folder.glob(f"profile/{data}/*.yaml")}
+    _require(
+        not own or str(profile).startswith(f"{data}/"),
+        f"profile={profile} is not for data={data}: add profile={data}/NAME, of {', '.join(sorted(own))}",
+    )
+
+
+def require_experiment(overrides: Sequence[str]) -> None:
+    """Raises ConfigError where a command line without an experiment has what only experiments know."""
+    for one in overrides:
+        _require(
+            not one.startswith(("seeds=", "rows=")), f"{one}: add experiment=NAME, whose it is; or -m and seed=0,1"
+        )
+
+
+def arguments_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, refused in one line."""
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
+    return parser.parse_args(arguments)

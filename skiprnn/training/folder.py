@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +28,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from skiprnn.model import pretrained
-from skiprnn.training.config import ConfigError, DivergedError, RunConfig
+from skiprnn.training.config import ConfigError, DivergedError, RunConfig, fits
+from skiprnn.training.measures import SCORES
 
 
 class StorageError(OSError):
@@ -95,7 +97,7 @@ class RunFolder:
             return str(json.loads(self.failure_file.read_bytes())["error"])
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return f"{self.failure_file} is damaged; the same command tries again"
 
     @property
@@ -262,6 +264,22 @@ class RunFolder:
             lock.release()
 
 
+RECORDED: dict[str, Any] = {"steps": int, "solved_at": float | None, "input_flops": float | None}
+TOLD: dict[str, Any] = {"note": str | None, "examples": dict, "profile": dict}  # if it is told at all
+
+
+def _require_results(record: dict[str, Any]) -> None:
+    """Raises KeyError or TypeError unless a record has what tables, figures and claims read of it."""
+    facts = {name: (record[name], kind) for name, kind in RECORDED.items()}
+    facts |= {name: (record[name], kind) for name, kind in TOLD.items() if name in record}
+    read = (SCORES[record["task"]], "state_updates")
+    for epoch in ("best", "final"):
+        for stage, metrics in (("validation", read), ("test", (*read, "inference_flops"))):
+            facts |= {f"{epoch}/{stage}/{name}": (record[epoch][stage][name], float) for name in metrics}
+    if not all(fits(value, kind) for value, kind in facts.values()) or not 1 <= record["steps"] <= 2**40:
+        raise TypeError
+
+
 def read_record(file: Path, run: RunConfig) -> dict[str, Any]:
     """The record of a run. Older ones do not name their task: they are given it.
 
@@ -271,14 +289,15 @@ def read_record(file: Path, run: RunConfig) -> dict[str, Any]:
     """
     try:
         record = json.loads(file.read_bytes())
-        owner, best, _ = record["config"], *(dict(record[epoch]["test"]) for epoch in ("best", "final"))
-    except FileNotFoundError:
+        if record["config"] != run.identity:
+            raise ConfigError(f"{file} is the record of another run; delete it, and the run continues")
+        record = {"task": "regression" if "mse" in record["best"]["test"] else "classification"} | record
+        _require_results(record)
+    except (FileNotFoundError, ConfigError):
         raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file} is damaged; delete it, and the run continues from its last checkpoint") from None
-    if owner != run.identity:
-        raise ConfigError(f"{file} is the record of another run; delete it, and the run continues")
-    return {"task": "regression" if "mse" in best else "classification"} | record
+    return record | {"name": run.name}  # where publishing puts it
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:
@@ -318,6 +337,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"checkpoint {path}: there is no such file")
     try:
+        with zipfile.ZipFile(path) as parts:  # torch compresses nothing: the file has room for what is made of it
+            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                raise ValueError("its parts say that they are larger than it is")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes of the reader is anybody's guess
         reason = f"corrupt or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"

@@ -20,6 +20,7 @@ from typing import Any
 import pytorch_lightning as lightning
 import torch
 import yaml
+from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
@@ -174,14 +175,17 @@ def load(path: Path, **place: Any) -> SequenceModule:
     run = RunConfig.of(checkpoint["run"], **place)
     root = Path(run.data_root).resolve()
     for name, value in run.data.items():
-        if isinstance(value, str) and ("://" in value or not (root / value).resolve().is_relative_to(root)):
+        if isinstance(value, str) and not (
+            value.isprintable() and "://" not in value and (root / value).resolve().is_relative_to(root)
+        ):
             raise ConfigError(
-                f"checkpoint {path}: data.{name}={value} is no place in the data folder {run.data_root}; "
+                f"checkpoint {path}: data.{name}={value!r} is no place in the data folder {run.data_root}; "
                 "give data_root=FOLDER that holds it"
             )
     embedding, words = checkpoint["state_dict"].get("network.embedding.weight"), run.data.get("vocabulary_size")
-    if embedding is not None and len(embedding) != words:
-        raise ConfigError(f"checkpoint {path} is damaged: it holds {len(embedding)} words and says {words}")
+    held = None if embedding is None else len(embedding)
+    if held != words:
+        raise ConfigError(f"checkpoint {path} is damaged: it holds {held} words and says {words}")
     module = make_module(run)
     load_weights(module, checkpoint, path)
     if not all(parameter.isfinite().all() for parameter in module.parameters()):
@@ -203,16 +207,19 @@ def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str,
         KeyboardInterrupt: the user stopped it.
         A run that fails says why in its failed.json.
     """
-    device_of(runs[0])  # refused before anything is written
+    device_of(runs[0])
+    loggers_of(runs[0])
     folders = [RunFolder(run) for run in runs]
     left = [folder for folder in folders if not folder.complete]
+    # what cannot work is refused before anything is written
+    made = {folder.run.name: make_module(folder.run) for folder in left if not folder.path.exists()}
     diverged = []
     with ExitStack() as locks:
         for folder in left:
             locks.callback(folder.open().release)
         while left:
             try:
-                _advance(left, draw)
+                _advance(left, draw, made)
             except DivergedError as error:
                 (failed,) = (folder for folder in left if folder.run == error.run)
                 failed.fail(error)
@@ -228,8 +235,12 @@ def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str,
     return [folder.record() for folder in folders]
 
 
-def _advance(folders: Sequence[RunFolder], draw: Draw | None) -> None:
-    """Train the runs that lag behind as far as the next one is, or else all to the end and write their records."""
+def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, SequenceModule]) -> None:
+    """Train the runs that lag behind as far as the next one is, or else all to the end and write their records.
+
+    Args:
+        made: modules, by the names of their runs, that are there and not begun; they are taken out.
+    """
     checkpoints = [folder.checkpoint(folder.last) if folder.last.exists() else None for folder in folders]
     done = [progress_of(checkpoint) for checkpoint in checkpoints]
     behind = [(f, c) for f, c, one in zip(folders, checkpoints, done, strict=True) if one == min(done)]
@@ -239,7 +250,7 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None) -> None:
     callbacks: list[lightning.Callback] = []
     try:
         for folder, checkpoint in behind:
-            module, loggers = make_module(folder.run), make_loggers(folder)
+            module, loggers = made.pop(folder.run.name, None) or make_module(folder.run), make_loggers(folder)
             keeper = RunKeeper(folder, module, loggers, quiet=on_terminal())
             modules.append(module)
             keepers.append(keeper)
@@ -281,17 +292,38 @@ def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModul
     try:
         (state,) = checkpoint["optimizer_states"]
         module.adam.load_state_dict(state)
+        for parameter, moments in module.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # of Skip's bias, a scalar in older checkpoints
+                moments[name] = moments[name].reshape(parameter.shape)
         keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
+
+
+def loggers_of(run: RunConfig) -> dict[str, Callable[..., Logger]]:
+    """What makes the loggers of the run's config, by their names.
+
+    Raises:
+        ConfigError: there is no such logger, or its library is not installed.
+    """
+    loggers = {}
+    for name, settings in run.logger.items():
+        try:
+            loggers[name] = instantiate(settings | {"_partial_": True})
+            if not callable(loggers[name]):
+                raise TypeError("it has no _target_")
+            inspect.signature(loggers[name])
+        except (TypeError, ValueError, HydraException) as error:
+            raise ConfigError(f"logger.{name}={settings}: {str(error).splitlines()[0]}") from None
+    return loggers
 
 
 def make_loggers(folder: RunFolder) -> list[Logger]:
     """The loggers of the run's config, in its folder."""
     page = wandb_page.page_options(folder.run) if "wandb" in folder.run.logger else {}
     return [
-        instantiate(logger, _partial_=True)(save_dir=str(folder.path), **(page if name == "wandb" else {}))
-        for name, logger in folder.run.logger.items()
+        make(save_dir=str(folder.path), **(page if name == "wandb" else {}))
+        for name, make in loggers_of(folder.run).items()
     ]
 
 

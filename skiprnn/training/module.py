@@ -190,7 +190,7 @@ class SideBySide(lightning.LightningModule):
         losses = []
         results = engines.run_packed(engine, calls)
         for run, result, (_, targets, _) in zip(self.runs, results, batches, strict=True):
-            _, state, updates = run.network.rnn.finish(*result)
+            _, state, updates = run.network.rnn.finish([result])
             with run.randomness():
                 prediction = run.network.read(state)
             losses.append(run.loss(prediction, updates, targets, stage))

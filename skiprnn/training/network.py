@@ -6,7 +6,7 @@ Shapes: B batch, T steps, I input, H hidden, C outputs.
 from torch import Tensor, nn
 
 from skiprnn.data.base import SequenceData
-from skiprnn.model.recurrent import Recurrent, RecurrentState
+from skiprnn.model.recurrent import Recurrent
 from skiprnn.training.config import ModelConfig
 
 
@@ -50,6 +50,7 @@ class Network(nn.Module):
         """What the recurrent network reads, (B, T, I)."""
         return x if self.embedding is None else self.embedding(x)
 
-    def read(self, state: RecurrentState) -> Tensor:
+    def read(self, state: Tensor | tuple[Tensor, ...]) -> Tensor:
         """The prediction (B, C) from the last state."""
-        return self.readout(self.dropout(state.h[-1]))
+        h = state if isinstance(state, Tensor) else state[0]
+        return self.readout(self.dropout(h[-1]))

@@ -146,7 +146,7 @@ class Here:
     def __init__(self, n_jobs: int = 1):
         try:
             self.workers = effective_n_jobs(n_jobs)
-            if self.workers > MOST:
+            if type(n_jobs) is not int or self.workers > MOST:
                 raise ValueError
         except (TypeError, ValueError):
             raise ConfigError(

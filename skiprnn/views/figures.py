@@ -345,9 +345,12 @@ def pictures(rows: Sequence[Row], every: bool = True) -> Iterator[tuple[str, Cal
 
 
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
-    """A picture of the row's best run, from its checkpoint."""
-    run = row.run
-    return draw(load(row.best(), data_root=run.data_root, device=run.device, threads=run.threads))
+    """A picture of the row's best run, from its checkpoint, which must be its own."""
+    run, file = row.run, row.best()
+    for own in row.runs:
+        if own.best == file:
+            own.checkpoint(file)
+    return draw(load(file, data_root=run.data_root, device=run.device, threads=run.threads))
 
 
 @matplotlib.rc_context(STYLE)

@@ -44,7 +44,7 @@ def sweeps(output: Path, tell: Tell) -> list[tuple[Experiment, str, list[Planned
                 run = RunConfig.of(json.loads(file.read_bytes()), output=str(output))
             except ConfigError:
                 continue  # another version's
-            except ValueError:
+            except (ValueError, RecursionError):
                 tell(f"{file} is damaged; the command that began the run writes it again")
                 continue
             if RunFolder(run).path == file.parent:

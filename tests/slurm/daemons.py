@@ -35,9 +35,10 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 KillWait=5
+MessageTimeout=90
 AccountingStorageType=accounting_storage/none
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=200000 Gres=gpu:2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=200000 Gres=gpu:2 Features=a100 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 GPUS = "NodeName={host} Name=gpu File=/dev/null\nNodeName={host} Name=gpu File=/dev/zero\n"
@@ -67,6 +68,9 @@ class Slurm:
         self.start("slurmctld", "-D")
         self.wait_for("scontrol", "ping", text="UP")
 
+    def start_node(self) -> None:
+        self.start("slurmd", "-D", "-N", self.host)
+
     def start_all(self) -> None:
         munge = self.folder / "munge"
         (munge / "key").write_bytes(os.urandom(1024))
@@ -75,7 +79,7 @@ class Slurm:
         self.start("munged", "--foreground", *(f"--{option}={munge / name}" for option, name in files.items()))
         self.wait_for("munge", "--no-input", f"--socket={munge / 'socket'}", text="MUNGE")
         self.start_controller()
-        self.start("slurmd", "-D", "-N", self.host)
+        self.start_node()
         for _ in range(10):
             with contextlib.suppress(AssertionError):
                 self.wait_for("sinfo", "--noheader", "--format=%T", text="idle", seconds=10)

@@ -48,6 +48,11 @@ class MappedClips:
         for padded, clip in zip(inputs, clips, strict=True):
             frames = min(clip.frames, self.steps)
             padded[:frames] = self.features[clip.first_row : clip.first_row + frames]
+            if not np.isfinite(padded).all():
+                raise DataError(
+                    f"the feature store holds nan or inf for {clip.name}, row {clip.first_row}: delete the store and "
+                    "make it again"
+                )
         lengths = torch.tensor([min(clip.frames, self.steps) for clip in clips], device=self.device)
         return (
             torch.from_numpy(inputs).to(self.device).float(),
@@ -113,7 +118,7 @@ class UCF101(StoredData):
         self.input_size = self.features.width
         self.classes = sorted({clip.action for clip in self.features.clips})
         self.outputs = len(self.classes)
-        backbone = str(self.features.origin["backbone"])
+        backbone = str(self.features.origin.get("backbone", "an unknown network"))
         self.input_flops = cnn_flops(backbone)
         train, test = (self._listed(part) for part in ("train", "test"))
         groups = sorted({group_of(clip.name) for clip in train})
@@ -174,7 +179,7 @@ def cnn_flops(backbone: str) -> float | None:
         return RESNET50_FLOPS
     try:
         return models.get_model_weights(backbone)["IMAGENET1K_V1"].meta["_ops"] * 1e9
-    except ValueError:
+    except (ValueError, KeyError):
         return None
 
 
@@ -185,7 +190,7 @@ def read_list(path: Path) -> list[tuple[str, str]]:
         DataError: a line that names no video.
     """
     entries = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
         match = re.fullmatch(r"(\w+)/(\w+)\.avi(?:\s+\d+)?\s*", line)
         if match:
             entries.append((match[1], match[2]))

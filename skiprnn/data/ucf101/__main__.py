@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--store", type=Path, required=True, help="folder of the feature store")
     parse.add_argument("--backbone", default="mobilenet_v2", help="the network that they are of (%(default)s)")
     parse.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    parser.error = parse.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     broken: list[DataError] = []

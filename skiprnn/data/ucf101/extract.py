@@ -236,6 +236,11 @@ def convert(features: Path, store: Path, backbone: str = "mobilenet_v2", dtype: 
         needed = max(first + frames for _, _, first, frames in clips)
         if len(rows) < needed or rows.shape[1:] != scale.shape:
             raise ValueError(f"features {rows.shape} for {needed} rows and a scale of {scale.shape}")
+        if not np.isfinite(scale).all():
+            raise ValueError("the scale is nan or infinite")
+        for name, action, first, frames in clips:
+            if not (name.isidentifier() and action.isidentifier() and first >= 0 and frames >= 1):
+                raise ValueError(f"clips.csv has {frames} frames from row {first} of {action!r}, {name!r}")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"the 8-bit features in {features} are incomplete or corrupt: {error}") from error
     origin: dict[str, str | int] = {"backbone": backbone, "weights": "converted from 8-bit features"}

@@ -45,14 +45,15 @@ class FeatureStore:
             self.origin: dict[str, str | int] = json.loads((folder / "store.json").read_text("utf-8"))
             self.clips = read_index(folder / "index.csv")
             self.features = np.load(folder / "features.npy", mmap_mode="r")  # checks the size that it says
-            if not isinstance(self.origin, dict) or self.features.ndim != 2:
-                raise ValueError(f"store.json is no object, or features.npy is of shape {self.features.shape}")
+            form = self.features.dtype, self.features.shape
+            if not isinstance(self.origin, dict) or form[0].kind != "f" or len(form[1]) != 2 or not form[1][1]:
+                raise ValueError(f"store.json is no object, or features.npy is {form[0]} of shape {form[1]}")
         except FileNotFoundError as error:
             raise DataError(
                 f"no feature store in {folder} ({error.filename} is missing); make it with "
                 "python -m skiprnn.data.ucf101 extract (from videos) or convert (from 8-bit features)"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"the feature store in {folder} is corrupt ({error}); delete it and make it again"
             ) from error
@@ -80,8 +81,8 @@ def read_index(path: Path) -> list[Clip]:
     for line in csv.reader(line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")):
         name, action, first_row, frames = line
         clips.append(Clip(name, action, int(first_row), int(frames)))
-        if clips[-1].first_row != rows:
-            raise ValueError(f"{path}: {name} starts at row {first_row}, not {rows}")
+        if clips[-1].first_row != rows or clips[-1].frames < 1:
+            raise ValueError(f"{path}: {name} starts at row {first_row}, not {rows}, or has {frames} frames")
         rows += clips[-1].frames
     return clips
 

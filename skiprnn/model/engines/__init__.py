@@ -10,7 +10,7 @@ from torch import Tensor
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines import compact, native, reference, triton
 from skiprnn.model.engines.call import Call, Result, unknown
-from skiprnn.model.policies import Policy
+from skiprnn.model.policies import Policy, Skip
 
 
 class Engine(Protocol):
@@ -32,19 +32,29 @@ def check(name: str) -> None:
         raise ValueError(f"unknown engine {name!r}; there are auto, {', '.join(ENGINES)}")
 
 
-def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor) -> str:
+def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor, dropout: bool = False) -> str:
     """The engine that `name` stands for: itself, or for "auto" the fastest that serves these cells, policy and input.
+
+    Args:
+        name: an engine, or "auto".
+        cells: the layers.
+        policy: theirs.
+        x: (B, T, I).
+        dropout: whether the call has masks.
 
     Raises:
         ValueError: unknown name, or an engine that does not serve.
     """
     check(name)
+    tied = "it has no dropout between layers that share a gate" if dropout and isinstance(policy, Skip) else None
     if name != "auto":
         reason = ENGINES[name].unsupported(cells, policy, x)
+        if name != "reference":
+            reason = reason or tied
         if reason is not None:
             raise ValueError(f"the {name} engine can't run this: {reason}")
         return name
-    reason = unknown(cells, policy)
+    reason = unknown(cells, policy) or tied
     if reason is not None:
         _say_once(f"skiprnn's reference engine runs this, correctly but slowly; of the fast ones, {reason}")
         return "reference"

@@ -28,6 +28,7 @@ class Call(NamedTuple):
     draw: Tensor | None = None  # the policy's random decisions, (B, T) or (B, T, N)
     lengths: Tensor | None = None  # (B,): steps that count, later ones update nothing; None: all T
     alike: bool = False  # all sequences begin with the state and the gate of the first
+    masks: Sequence[Tensor] = ()  # dropout: what each layer but the top gives to the next is times this, (B, T, H)
 
 
 class Result(NamedTuple):

@@ -5,10 +5,11 @@ Shapes: B batch, T steps, I input, H hidden of a layer, G gates, K state entries
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines import call as known
@@ -218,6 +219,28 @@ def _differentiate(ctx, d_output, d_final, d_gate, d_updates, *_, needs_input=No
 recurrence.register_autograd(_differentiate, setup_context=_save)
 
 
+def _no_second(ctx, *gradients) -> NoReturn:
+    raise RuntimeError("the fast engines have no second derivatives; engine='reference' has")
+
+
+recurrence_backward.register_autograd(_no_second)
+
+
+def _one_by_one(function: type[torch.autograd.Function], info, in_dims, arguments) -> tuple[tuple, tuple]:
+    """vmap of an operator: it has its own batch, so what is mapped over (sequences, weights) comes one by one."""
+    results = []
+    for index in range(info.batch_size):
+        results.append(
+            function.apply(
+                *(
+                    argument.select(dim, index) if isinstance(argument, Tensor) and dim is not None else argument
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+        )
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
 class _Flat(torch.autograd.Function):
     """The operator for torch.func's transforms, which don't see through operators with lists of tensors."""
 
@@ -238,6 +261,10 @@ class _Flat(torch.autograd.Function):
         d_x, *lists = result[3:8]
         return None, None, None, d_x, *(gradient for part in lists for gradient in part), None, None
 
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _one_by_one(_Flat, info, in_dims, arguments)
+
 
 class _FlatGradients(torch.autograd.Function):
     """recurrence_backward likewise."""
@@ -250,13 +277,20 @@ class _FlatGradients(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         pass
 
+    backward = staticmethod(_no_second)
+
     @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError("the fast engines have no second derivatives; engine='reference' has")
+    def vmap(info, in_dims, *arguments):
+        return _one_by_one(_FlatGradients, info, in_dims, arguments)
 
 
 def apply(problem: Problem, save: bool) -> Outputs:
     """The operator, also under torch.func's transforms."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in (problem.x, *(tensor for part in problem.lists for tensor in part))
+    ):
+        raise RuntimeError("the fast engines have no forward-mode derivatives; engine='reference' has")
     if torch._C._are_functorch_transforms_active():
         counts = [len(part) for part in problem.lists]
         tensors = [tensor for part in problem.lists for tensor in part]
@@ -289,8 +323,9 @@ def problem_of(engine: str, call: Call, policy_weights: list[Tensor]) -> Problem
 def result_of(call: Call, outputs: Outputs) -> Result:
     """The operator's outputs as a call's result."""
     batch, entries = call.x.shape[0], len(call.states[0])
-    sizes = [batch * cell.hidden_size for cell in call.cells for _ in range(entries)]
-    parts = [part.view(batch, -1) if batch else part.view(0, 1) for part in outputs.final.split(sizes)]
+    sizes = [cell.hidden_size for cell in call.cells for _ in range(entries)]
+    flat = outputs.final.split([batch * size for size in sizes])
+    parts = [part.view(batch, size) for part, size in zip(flat, sizes, strict=True)]
     states = [tuple(parts[start : start + entries]) for start in range(0, len(parts), entries)]
     gate = tuple(part.unsqueeze(1) for part in outputs.final_gate) if call.gate else call.gate
     updates = outputs.updates if call.policy.learned else outputs.updates.detach()
@@ -321,6 +356,8 @@ def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], list[list[Te
         ]
         by_layer.append(run(parts, [_weights(call.policy, layer) for call in calls]))
         xs = [result.output for result in by_layer[-1]]
+        if layer < len(calls[0].masks):
+            xs = [x * call.masks[layer] for x, call in zip(xs, calls, strict=True)]
     return [
         Result(
             layers[-1].output,
@@ -337,7 +374,7 @@ def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], list[list[Te
 def _weights(policy: Policy, layer: int) -> list[Tensor]:
     """What of the policy the operator takes for one layer, or of Skip for all."""
     if isinstance(policy, Skip):
-        return [policy.weight, policy.bias]
+        return [policy.weight, policy.bias.squeeze(0)]
     if isinstance(policy, Selective):
         coordinator = policy.coordinators[layer]
         return [coordinator.weight_input, coordinator.weight_state, coordinator.bias, policy.slope]

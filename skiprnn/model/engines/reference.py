@@ -17,7 +17,7 @@ def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> None:
 
 def run(call: Call) -> Result:
     """Run a stack of cells under a policy over whole sequences, step by step."""
-    cells, policy, x, states, gate, draw, lengths, _ = call
+    cells, policy, x, states, gate, draw, lengths, _, dropped = call
     steps = x.shape[1]
     # unbind, not x[:, t]: the gradient of an index is a tensor as large as x, which makes backward quadratic in T
     inputs, projected = x.unbind(1), cells[0].project(x).unbind(1)
@@ -28,24 +28,25 @@ def run(call: Call) -> Result:
     if lengths is not None:
         alive = torch.arange(steps, device=x.device) < lengths.to(x.device).unsqueeze(1)
         valid = alive.unsqueeze(2).unbind(1)
+    masks = list(zip(*(mask.unbind(1) for mask in dropped), strict=True)) or [()] * steps
     outputs, updates = [], []
     for t in range(steps):
         if isinstance(policy, StepPolicy):
-            states, gate, u = step_stack(cells, policy, projected[t], states, gate, draws[t], valid[t])
+            states, gate, u = step_stack(cells, policy, projected[t], states, gate, draws[t], valid[t], masks[t])
         else:
-            states, u = step_neurons(cells, cast(NeuronPolicy, policy), inputs[t], states, draws[t], valid[t])
+            states, u = step_neurons(cells, cast(NeuronPolicy, policy), inputs[t], states, draws[t], valid[t], masks[t])
         outputs.append(states[-1][0])
         updates.append(u)
     u = torch.stack(updates, 1)
     return Result(torch.stack(outputs, 1), list(states), gate, u.squeeze(2) if policy.family == "step" else u)
 
 
-def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate, draw, valid):
+def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate, draw, valid, masks=()):
     """One step of a stack whose layers update or copy together; every candidate reads the candidate below."""
     accumulated = policy.decide(gate, draw)
     candidates = [cells[0].step(projected, states[0])]
-    for cell, state in zip(cells[1:], states[1:], strict=True):
-        candidates.append(cell(candidates[-1][0], state))
+    for layer, (cell, state) in enumerate(zip(cells[1:], states[1:], strict=True)):
+        candidates.append(cell(masked(candidates[-1][0], masks, layer), state))
     updated = policy.after_update(gate, candidates[-1][-1])
     if accumulated is None:
         accumulated = torch.ones_like(projected[:, :1])
@@ -58,7 +59,7 @@ def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate,
     return [mix(u, *pair) for pair in zip(candidates, states, strict=True)], after, u
 
 
-def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid):
+def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid, masks=()):
     """One step of a stack whose neurons update one by one; every layer reads the updated state below."""
     updated, decisions = [], []
     below = x
@@ -67,8 +68,13 @@ def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid):
         u = decision(policy, policy.decide(layer, below, state[0], draws[layer]), valid)
         updated.append(mix(u, cell(below, state), state))
         decisions.append(u)
-        below = updated[-1][0]
+        below = masked(updated[-1][0], masks, layer)
     return updated, torch.cat(decisions, -1)
+
+
+def masked(h: Tensor, masks: Sequence[Tensor], layer: int) -> Tensor:
+    """What the layer above reads of a layer's h; the top has none above."""
+    return h * masks[layer] if layer < len(masks) else h
 
 
 def decision(policy: Policy, u: Tensor, valid: Tensor | None) -> Tensor:

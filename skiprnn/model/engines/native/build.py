@@ -147,16 +147,24 @@ def load(variant: str | None = None) -> ctypes.CDLL:
     return ctypes.CDLL(str(compile_library(FOLDER / "recurrence.cpp", flags)))
 
 
-@functools.cache
 def available() -> bool:
     """Whether the engine can be used; warns once if not."""
+    return _available()
+
+
+# torch.compile takes it as it is; torch.compiler.assume_constant_result says so too, and first imports the compiler
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _available() -> bool:
     try:
         load()
     except (NoCompilerError, OSError) as error:
         warnings.warn(
             f"skiprnn's native engine is not available, plain torch runs instead: the same results, many times "
             f"slower, and only inference and random skipping gain from skipped steps. {error}",
-            stacklevel=2,
+            stacklevel=3,
         )
         return False
     return True

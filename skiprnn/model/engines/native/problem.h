@@ -77,10 +77,13 @@ struct Layer {
         }
     }
 
-    void pack_forward(bool projected) {
-        if (!projected) input.pack_columns(I, I, input_rows_.data(), X);
-        recurrent.pack_columns(H, H, state_rows_.data(), R);
-        if (R < G * P) candidate.pack_columns(H, H, &state_rows_[R], P);
+    void pack_forward(bool projected, bool one_row = false) {
+        auto pack = [&](Packed<T>& to, int size, const T* const* columns, int count) {
+            one_row ? to.pack_columns_for_one_row(size, size, columns, count) : to.pack_columns(size, size, columns, count);
+        };
+        if (!projected) pack(input, I, input_rows_.data(), X);
+        pack(recurrent, H, state_rows_.data(), R);
+        if (R < G * P) pack(candidate, H, &state_rows_[R], P);
     }
 
     void pack_backward(bool needs_input) {

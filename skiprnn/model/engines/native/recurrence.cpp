@@ -54,7 +54,7 @@ std::vector<std::unique_ptr<Worker>> split_batch(const Problem<T>& problem) {
 template <class T>
 void forward(const SkiprnnProblem& raw) {
     Problem<T> problem(raw);
-    for (auto& layer : problem.layers) layer.pack_forward(raw.projected && &layer == &problem.layers[0]);
+    for (auto& layer : problem.layers) layer.pack_forward(raw.projected && &layer == &problem.layers[0], problem.B == 1);
     split_batch<Forward<T>>(problem);
 }
 

@@ -1,8 +1,8 @@
-"""How long the GPU engine takes, relative to cuDNN's LSTM and GRU in the same process: a part of skiprnn.bench.
+"""How long the GPU engine takes, relative to cuDNN's LSTM and GRU in the same process.
 
-Medians of repetitions that alternate with cuDNN's, timed by device events. Inputs, update rates and networks as there;
-"packed" is one step of so many Skip LSTMs side by side. Floors: the time that the products of a step would take at the
-speed of a large product in the same precision, and that its states and gates would take at the speed of a copy.
+Medians of repetitions that alternate with cuDNN's, timed by device events; "packed" is one step of so many Skip LSTMs
+side by side. Floors: the time that the products of a step would take at the speed of a large product in the same
+precision, and that its states and gates would take at the speed of a copy.
 """
 
 import statistics
@@ -14,12 +14,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from skiprnn import SAGRU, bench
+from skiprnn import SAGRU
+from skiprnn.benchmarks.networks import RATES, SHAPES, TORCH, infer, skip_network, train
 from skiprnn.model import engines
 from skiprnn.model.cells import CELLS
 from skiprnn.model.recurrent import Recurrent
 
-SHAPE = bench.SHAPES["mnist"]
+SHAPE = SHAPES["mnist"]
 PACKS = (1, 4, 8, 24)
 
 
@@ -48,39 +49,41 @@ def medians(functions: dict[str, Callable[[], object]], repetitions: int, device
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def packed_step(networks: list[Recurrent], x: Tensor, train: bool) -> None:
+def packed_step(networks: list[Recurrent], x: Tensor, training: bool) -> None:
     """One step of all networks on the same batch."""
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(training):
         results = engines.run_packed(networks[0].engine_for(x), [rnn.prepare(x) for rnn in networks])
-        if train:
+        if training:
             losses = [result.states[-1][0].square().sum() + 1e-4 * result.updates.sum() for result in results]
             torch.stack(losses).sum().backward()
             for rnn in networks:
                 rnn.zero_grad(set_to_none=True)
 
 
-def functions(shape, train: bool, device: torch.device, engine: str, packs=PACKS) -> dict[str, Callable[[], object]]:
+def functions(shape, training: bool, device: torch.device, engine: str, packs=PACKS) -> dict[str, Callable[[], object]]:
     """What is measured: cuDNN's first, by cell."""
     batch, steps, inputs, hidden, _ = shape
     x = torch.rand(batch, steps, inputs, device=device)
-    task = bench.train if train else bench.infer
+    task = train if training else infer
     found: dict[str, Callable[[], object]] = {}
-    for cell in bench.TORCH:
-        found[f"cuDNN {cell}"] = partial(task, bench.TORCH[cell](inputs, hidden, batch_first=True).to(device), x)
+    for cell in TORCH:
+        found[f"cuDNN {cell}"] = partial(task, TORCH[cell](inputs, hidden, batch_first=True).to(device), x)
         found[cell] = partial(
             task, Recurrent(cell, "always", inputs, hidden, engine=engine, batch_first=True).to(device), x
         )
-        for period, rate in bench.RATES.items():
-            rnn = bench.skip_network(cell, shape, period, engine).to(device)
+        for period, rate in RATES.items():
+            rnn = skip_network(cell, shape, period, engine).to(device)
             found[f"skip {cell} {rate}"] = partial(task, rnn, x)
     found["sa gru"] = partial(task, SAGRU(inputs, hidden, engine=engine, batch_first=True).to(device), x)
     for count in packs:
-        networks = [bench.skip_network("lstm", shape, 1, engine).to(device) for _ in range(count)]
-        found[f"skip lstm 100 %, {count} packed"] = partial(packed_step, networks, x, train)
+        networks = [skip_network("lstm", shape, 1, engine).to(device) for _ in range(count)]
+        found[f"skip lstm 100 %, {count} packed"] = partial(packed_step, networks, x, training)
     return found
 
 
-def floors(shape, train: bool, device: torch.device, repetitions: int, size: int = 4096) -> dict[str, dict[str, float]]:
+def floors(
+    shape, training: bool, device: torch.device, repetitions: int, size: int = 4096
+) -> dict[str, dict[str, float]]:
     """Seconds of arithmetic and of memory traffic that a step of each cell cannot go below."""
     batch, steps, inputs, hidden, _ = shape
     a, b = torch.rand(2, size, size, device=device).to(torch.float16 if device.type == "cuda" else torch.float32)
@@ -89,12 +92,12 @@ def floors(shape, train: bool, device: torch.device, repetitions: int, size: int
     flops = 2 * size**3 / measured["product"]
     bandwidth = 2 * values.numel() * values.element_size() / measured["copy"]
     result = {}
-    for cell in bench.TORCH:
+    for cell in TORCH:
         gates, entries = len(CELLS[cell].gates), len(CELLS[cell].state_names)
-        multiplied = 2 * batch * steps * gates * hidden * (inputs + hidden) * (3 if train else 1)
+        multiplied = 2 * batch * steps * gates * hidden * (inputs + hidden) * (3 if training else 1)
         # h once in inference; in training also c and the gates, written once and read once, and the gates' gradients
         kept = batch * steps * hidden * 4
-        moved = kept * (2 * (entries + gates) + 2 * gates) if train else kept
+        moved = kept * (2 * (entries + gates) + 2 * gates) if training else kept
         result[cell] = {"arithmetic": multiplied / flops, "memory": moved / bandwidth}
     return result
 
@@ -107,9 +110,9 @@ def measure(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     report: dict = {"device": name, "cudnn": torch.backends.cudnn.version(), "shape": list(shape), "times": {}}
     for task in ("train", "infer"):
-        train = task == "train"
-        report["times"][task] = medians(functions(shape, train, device, engine, packs), repetitions, device)
-        report.setdefault("floors", {})[task] = floors(shape, train, device, repetitions, size)
+        training = task == "train"
+        report["times"][task] = medians(functions(shape, training, device, engine, packs), repetitions, device)
+        report.setdefault("floors", {})[task] = floors(shape, training, device, repetitions, size)
     return report
 
 
@@ -118,7 +121,7 @@ def table(report: dict) -> Table:
     result = Table("task", "network", "ms", "/ cuDNN", "% of arithmetic", "% of memory", title=report["device"])
     for task, times in report["times"].items():
         for name, taken in times.items():
-            cell = next(cell for cell in bench.TORCH if cell in name)
+            cell = next(cell for cell in TORCH if cell in name)
             runs = int(name.split()[-2]) if name.endswith("packed") else 1
             floor = report["floors"][task][cell]
             shares = [f"{100 * runs * floor[kind] / taken:.1f}" for kind in ("arithmetic", "memory")]
