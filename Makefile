@@ -63,7 +63,7 @@ $(SWEEPS): sweep-%: install
 figures: install  ## figures of complete runs; ARGS="experiment=table1 profile=mnist/cpu" (default: quickstart's)
 	$(RUN) -m skiprnn.figures $(or $(ARGS),$(QUICKSTART))
 
-dashboard: install  ## outputs/dashboard.html: how far every sweep is, its table and curves; ARGS=FOLDER
+dashboard: install  ## outputs/dashboard.html: every sweep, its table, curves and runs; ARGS="FOLDER --serve" follows them
 	$(RUN) -m skiprnn.dashboard $(ARGS)
 
 claims: install  ## what the papers claim, and what the records in results/ say of it: results/claims.md

@@ -16,12 +16,15 @@ from hydra_plugins.skiprnn_launchers import PlaceLauncher
 
 
 class ExperimentSweeper(BasicSweeper):
-    """Plan, tell, launch what is incomplete, report, and make the experiment's table."""
+    """Plan, tell, launch what is incomplete, report, and make table and figures."""
 
     def sweep(self, arguments: list[str]) -> Any:
+        from functools import partial
+
         from skiprnn.papers import sweep
         from skiprnn.training.config import ConfigError
         from skiprnn.training.workers import Here
+        from skiprnn.views.figures import publish
         from skiprnn.views.samples import picture
 
         assert self.hydra_context is not None
@@ -40,4 +43,4 @@ class ExperimentSweeper(BasicSweeper):
 
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         grid = self.split_arguments(parsed, None)[0]
-        return sweep.run(grid, compose, place, " ".join(arguments), picture)
+        return sweep.run(grid, compose, place, " ".join(arguments), picture, partial(publish, every=False))

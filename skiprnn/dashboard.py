@@ -1,179 +1,93 @@
-"""Run folders -> one HTML page: how far each sweep is, its table and curves, which samples its models use.
+"""Run folders -> one HTML page: how far each sweep is, its table, curves and runs, and which samples its models use.
 
     python -m skiprnn.dashboard [outputs] [--page outputs/dashboard.html]
+    python -m skiprnn.dashboard outputs --serve
     python -m skiprnn.dashboard --wandb [ENTITY/]PROJECT
 
-The page opens from disk and needs no network; make it again to see how far a sweep has come. The second form writes the
-same views as a workspace on wandb, from what the runs logged there.
+The page opens from disk and needs no network. Served, on the loopback address alone, it follows a sweep while it runs.
+The third form writes the same views as a workspace on wandb, from what the runs logged there.
 """
 
 import argparse
-import base64
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from itertools import groupby
+from collections.abc import Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import fmean
 from typing import Any
+from urllib.parse import unquote
 
-import jinja2
-import pandas as pd
-import vl_convert
+from skiprnn.training.config import ConfigError, arguments_of
+from skiprnn.training.folder import write_atomically
+from skiprnn.views import page
 
-from skiprnn.model.policies import POLICIES
-from skiprnn.papers import statistics, table
-from skiprnn.papers.experiments import Experiment, Row
-from skiprnn.papers.plan import PlannedRun, SavedPlan, saved_plans
-from skiprnn.papers.records import METRICS
-from skiprnn.training.config import ConfigError, RunConfig, arguments_of
-from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
-
-EPOCHS_DRAWN = 60  # of a curve
-PICTURES, UNFINISHED = 24, 100  # shown at most
-Tell = Callable[[str], object]  # hears of a damaged file, without which the page is made
+LOOPBACK = "127.0.0.1"
 
 
-def plans(output: Path, tell: Tell) -> list[SavedPlan]:
-    """The sweeps into an output folder, latest first, each data set apart; then its other runs."""
-    saved = saved_plans(output, tell)
-    planned = {one.folder.path for plan in saved for one in plan.planned}
-    single = []
-    for file in sorted(output.glob("*/*/*/config.yaml")):
-        if file.parent not in planned:
-            try:
-                run = RunConfig.of(json.loads(file.read_bytes()), output=str(output))
-            except ConfigError:
-                continue  # another version's
-            except (ValueError, RecursionError):
-                tell(f"{file} is damaged; the command that began the run writes it again")
-                continue
-            if RunFolder(run).path == file.parent:
-                single.append(PlannedRun(Row(run.row), run, ()))
-    saved += [SavedPlan(Experiment("", "single runs", "", ()), "", tuple(single))] if single else []
-    apart = []
-    for plan in saved:
-        names = dict.fromkeys(one.run.data["name"] for one in plan.planned)
-        for name in names:
-            runs = tuple(one for one in plan.planned if one.run.data["name"] == name)
-            title = f"{plan.experiment.title} ({name})" if len(names) > 1 else plan.experiment.title
-            apart.append(SavedPlan(replace(plan.experiment, title=title), plan.command, runs))
-    return apart
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the page, its content as it is now, a run, a picture; nothing else is given out."""
+
+    server: "Server"
+
+    def do_GET(self) -> None:
+        address, _, asked = self.path.partition("?")
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        output, claims = self.server.output, self.server.claims
+        try:
+            if host not in (LOOPBACK, "localhost"):  # another site's script, by a name of its own
+                self.send_error(HTTPStatus.FORBIDDEN)
+            elif address == "/":
+                self.answer(page.html(output, self.server.tell, claims, served=True).encode(), "text/html")
+            elif address == "/content.json":
+                self.answer(json.dumps(page.content(output, self.server.tell, claims)).encode(), "application/json")
+            elif address == "/run.json":
+                run = page.runs_of(output)[unquote(asked)]
+                self.answer(json.dumps(page.detail(run, self.server.tell)).encode(), "application/json")
+            else:
+                run = page.runs_of(output)[unquote(address).removeprefix("/").removesuffix("/usage.png")]
+                self.answer((run.folder.path / "usage.png").read_bytes(), "image/png")
+        except (KeyError, FileNotFoundError):
+            self.send_error(HTTPStatus.NOT_FOUND)
+        except ConfigError as error:
+            self.send_error(HTTPStatus.NOT_FOUND, str(error))
+
+    def answer(self, content: bytes, kind: str) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """The terminal stays quiet."""
 
 
-def view(plan: SavedPlan, tell: Tell) -> dict[str, Any]:
-    """What the page shows of a sweep over one data set: numbers and texts only."""
-    experiment = plan.experiment
-    record = next((one.folder.record() for one in plan.planned if one.folder.complete), None)
-    if not experiment.name and record and record["task"] == "regression":
-        experiment = replace(experiment, columns=("mse", *experiment.columns[1:]))
-    numbers = statistics.rows(experiment, plan.planned)
-    text, verdicts = table.layout(experiment, numbers), table.verdicts(experiment, numbers)
-    score = "mse" if "mse" in experiment.columns else "accuracy"
-    updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
-    rows: list[dict[str, Any]] = []
-    pictures: list[dict[str, Any]] = []
-    unfinished: list[dict[str, Any]] = []
-    for index, (_, group) in enumerate(groupby(plan.planned, lambda one: one.row.label)):
-        runs = list(group)
-        model, line = runs[0].run.model, numbers.iloc[index]
-        epochs = [one.run.training.epochs if one.folder.complete else one.folder.epochs_done() for one in runs]
-        for one, done in zip(runs, epochs, strict=True):
-            if not one.folder.complete:
-                unfinished.append(progress(one, done))
-            if damage := one.folder.damage:
-                tell(damage)
-        picture = next((file for one in runs for file in [one.folder.path / "usage.png"] if file.exists()), None)
-        if picture and len(pictures) < PICTURES:
-            pictures.append({"row": index, "png": base64.b64encode(picture.read_bytes()).decode()})
-        rows.append(
-            {
-                "label": text["Model"][index],
-                "model": model.name,
-                "lambda": f"{model.cost_per_sample:g}" if POLICIES[model.policy].learned else "none",
-                "epochs": [sum(epochs), sum(one.run.training.epochs for one in runs)],
-                "score": spread(line, score),
-                "updates": spread(line, updates),
-                "paper": [spread(line, f"published_{score}"), spread(line, f"published_{updates}")],
-                "curve": curve([one.folder.metrics_file for one in runs], f"validation/{score}", tell),
-            }
-        )
-    states = [one["state"] for one in unfinished]
-    return {
-        "title": experiment.title,
-        "command": plan.command,
-        "note": plan.planned[0].run.profile.get("note", ""),
-        "score": METRICS[score].heading,
-        "updates": METRICS[updates].heading,
-        "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in (text, verdicts)],
-        "rows": rows,
-        "pictures": pictures,
-        "runs": {"planned": len(plan.planned), "complete": len(plan.planned) - len(states)}
-        | {state: states.count(state) for state in ("begun", "failed", "waiting")},
-        "epochs": [sum(row["epochs"][k] for row in rows) for k in (0, 1)],
-        "unfinished": [one for state in ("failed", "begun") for one in unfinished if one["state"] == state],
-    }
+class Server(ThreadingHTTPServer):
+    """The page on the loopback address.
 
-
-def progress(one: PlannedRun, epochs: int) -> dict[str, Any]:
-    """How far an incomplete run is, and when it last moved."""
-    folder = one.folder
-    reason = folder.failure
-    state = "failed" if reason else "begun" if folder.path.exists() else "waiting"
-    moved = datetime.fromtimestamp(folder.metrics_file.stat().st_mtime).strftime("%d %b %H:%M") if epochs else ""
-    planned = one.run.training.epochs
-    return {"name": one.run.name, "state": state, "epochs": [epochs, planned], "moved": moved, "reason": reason or ""}
-
-
-def spread(line: pd.Series, metric: str) -> list[float] | None:
-    """[mean, standard deviation or 0], or None where nothing was measured."""
-    mean, deviation = line.get(f"{metric}_mean"), line.get(f"{metric}_std")
-    return None if pd.isna(mean) else [short(mean), 0.0 if pd.isna(deviation) else short(deviation)]
-
-
-def short(number: float) -> float:
-    return float(f"{number:.5g}")
-
-
-def curve(files: Iterable[Path], column: str, tell: Tell) -> list[list[float]]:
-    """[epoch, mean, least, largest] over the files that have it, thinned to what can be seen."""
-    values: dict[int, list[float]] = {}
-    for file in files:
-        if file.exists():
-            try:
-                columns = read_metrics(file)
-            except ConfigError as error:
-                tell(str(error))
-                continue
-            for epoch, value in zip(columns["epoch"], columns.get(column, ()), strict=False):
-                values.setdefault(int(epoch), []).append(value)
-    every = -(-len(values) // EPOCHS_DRAWN) or 1
-    shown = sorted(values)[::-every][::-1]  # the last one is
-    return [[n + 1, short(fmean(values[n])), short(min(values[n])), short(max(values[n]))] for n in shown]
-
-
-def page(output: Path, tell: Tell) -> str:
-    """The HTML page of an output folder; damaged files are left out, and told.
+    Args:
+        port: 0: any that is free.
+        output, claims: as of skiprnn.views.page.content.
 
     Raises:
-        ConfigError: there are no runs in it.
+        ConfigError: the port is taken.
     """
-    views = [view(plan, tell) for plan in plans(output, tell)]
-    if not views:
-        raise ConfigError(f"{output}: no runs here; give the folder that was output= of a sweep")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("skiprnn.views", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html").render(
-        views=views,
-        charts=[{key: one[key] for key in ("score", "updates", "rows")} for one in views],
-        output=str(output),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        most=UNFINISHED,
-        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace("</script", r"<\/script"),
-    )
+
+    def __init__(self, port: int, output: Path, claims: Sequence[dict[str, Any]]):
+        try:
+            super().__init__((LOOPBACK, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"--serve {port}: {error}; --serve 0 takes a port that is free") from None
+        self.output, self.claims = output, claims
+        self.told: set[str] = set()
+
+    def tell(self, problem: str) -> None:
+        """Once."""
+        if problem not in self.told:
+            self.told.add(problem)
+            print(f"error: {problem}", file=sys.stderr)
 
 
 def workspace(entity: str, project: str) -> Any:
@@ -234,22 +148,37 @@ def save_workspace(target: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page, or the workspace."""
+    """Write the page, serve it, or write the workspace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders")
     parser.add_argument("--page", type=Path, help="the file to write (OUTPUT/dashboard.html)")
+    parser.add_argument(
+        "--serve", type=int, nargs="?", const=8021, metavar="PORT", help="serve it on this machine (8021)"
+    )
+    parser.add_argument("--results", type=Path, help="folder of published records, for the papers' claims (results)")
     parser.add_argument("--wandb", metavar="[ENTITY/]PROJECT", help="write the wandb workspace of this project instead")
     given = arguments_of(parser, arguments)
+    results = given.results or Path("results")
+    left_out: dict[str, None] = {}
     try:
         if given.wandb:
             print(save_workspace(given.wandb))
             return
+        claims = page.judged(results) if given.results or results.is_dir() else ()
+        if given.serve is not None:
+            page.content(given.output, print)
+            with Server(given.serve, given.output, claims) as server:
+                print(
+                    f"http://{LOOPBACK}:{server.server_port}/ shows {given.output} as it is; Ctrl-C ends it", flush=True
+                )
+                with suppress(KeyboardInterrupt):
+                    server.serve_forever()
+            return
         file = given.page or given.output / "dashboard.html"
-        left_out: list[str] = []
-        write_atomically(file, page(given.output, left_out.append).encode())
+        write_atomically(file, page.html(given.output, left_out.setdefault, claims).encode())
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"written to {file}")
+    print(f"written to {file}; while runs go on, python -m skiprnn.dashboard {given.output} --serve")
     if left_out:
         sys.exit("\n".join(f"error: {problem}" for problem in left_out))
 

@@ -24,6 +24,7 @@ from skiprnn.model.policies import POLICIES
 from skiprnn.model.pretrained import FILE, LAST
 from skiprnn.model.recurrent import CLASSES, Recurrent
 from skiprnn.papers import plan
+from skiprnn.papers.records import weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, write_atomically
@@ -133,7 +134,7 @@ def _listed(settings: dict[str, Any], *but: str) -> str:
 def export(run: RunFolder, folder: Path) -> Path:
     """Write a complete run's weights and model card below folder/checkpoints; returns the path of the best weights."""
     record = run.record()
-    target = folder / "checkpoints" / record["name"] / FILE
+    target = weights_file(folder, record["name"])
     contents = {}
     try:
         files = {LAST: run.last} if record["final"]["epoch"] != record["best"]["epoch"] and run.last.exists() else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from skiprnn.papers.plan import PlannedRun, saved_plans
 from skiprnn.training import cluster
 from skiprnn.training.config import ConfigError
+from skiprnn.training.folder import locked_files
 
 STATES = ("complete", "running", "queued", "stopped", "failed", "waiting")
 TOLD = 30  # runs of a state that are named
@@ -38,28 +39,18 @@ def in_jobs(output: Path) -> dict[str, tuple[str, str]]:
     return runs
 
 
-def locked_files() -> set[int]:
-    """Inodes of the files that processes of this machine have locked, as Linux tells it: no lock is tried."""
-    file = Path("/proc/locks")
-    return {int(line.split()[-3].split(":")[2]) for line in file.read_text().splitlines()} if file.exists() else set()
-
-
 def state_of(one: PlannedRun, jobs: Mapping[str, tuple[str, str]], locked: set[int]) -> tuple[str, str]:
     """One of STATES, and what there is to say of it."""
-    folder, epochs = one.folder, one.run.training.epochs
-    lock = folder.path / ".lock"
-    if folder.complete:
-        return "complete", ""
+    folder = one.folder
+    state = folder.state(locked)
+    if state == "complete":
+        return state, ""
     done = folder.epochs_done()
-    how_far = f"epoch {done} of {epochs}"
+    how_far = f"epoch {done} of {one.run.training.epochs}"
     if one.run.name in jobs:
         state, job = jobs[one.run.name]
         return state, f"{how_far}, {job}" if done else job
-    if lock.exists() and lock.stat().st_ino in locked:
-        return "running", how_far
-    if folder.failure:
-        return "failed", folder.failure
-    return ("stopped", how_far) if done else ("waiting", "")
+    return state, {"running": how_far, "stopped": how_far, "failed": folder.failure or ""}.get(state, "")
 
 
 def report(output: Path) -> str:

@@ -1,6 +1,9 @@
 """Run records -> a table like the paper's: Markdown, CSV and LaTeX, the published numbers beside ours.
 
-python -m skiprnn.tables experiment=table1 profile=mnist/cpu [publish=results/mnist-cpu]
+    python -m skiprnn.tables experiment=table1 profile=mnist/cpu [publish=results/mnist-cpu]
+    python -m skiprnn.tables model=skip_lstm,skip_gru model.cost_per_sample=0,1e-4 seed=0,1,2
+
+It takes what a sweep over these runs takes.
 """
 
 import sys
@@ -11,12 +14,14 @@ from skiprnn.training.config import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Render the table of an experiment from the records that exist."""
+    """Render the table of an experiment or a grid from the records that exist."""
     try:
         experiment, planned, folder = plan.requested(arguments)
-        if not experiment:
-            raise ConfigError("experiment=NAME is missing: which table?")
-        print(table.publish(experiment, planned, folder, arguments))
+        if not experiment.name and not any(one.folder.complete for one in planned):
+            none = f"output={planned[0].run.output}: none of the {len(planned)} runs is complete"
+            raise ConfigError(f"{none}; a table of the papers has a name, experiment=NAME")
+        for one, runs in plan.apart(experiment, planned, folder):
+            print(table.publish(one, runs, folder, arguments))
         if damages := [damage for one in planned if (damage := one.folder.damage)]:
             raise ConfigError("; ".join(damages))
     except ConfigError as error:

@@ -27,8 +27,13 @@ from skiprnn.views.samples import picture
 
 
 @hydra.main(version_base="1.3", config_path=str(configs.packaged("conf")), config_name="config")
-def train(config: DictConfig) -> None:
-    """Train the run of a config; print what came of it. Sweeps (-m) go to hydra_plugins/skiprnn_sweeper.py."""
+def train(config: DictConfig) -> float:
+    """Train the run of a config; print what came of it. Sweeps (-m) go to hydra_plugins/skiprnn_sweeper.py.
+
+    Returns:
+        What other sweepers of Hydra's search by: the best validation score or, with target_updates, how far from it
+        the updates of the validation set are at the last epoch, as a share of the steps.
+    """
     job.quieten()
     try:
         run = configs.read(config)
@@ -47,7 +52,13 @@ def train(config: DictConfig) -> None:
         sys.exit(job.INTERRUPTED)
     best, score = record["best"], SCORES[record["task"]]
     results = f"test {score} {best['test'][score]:.4f}, state updates {best['test']['state_updates']:.1f}"
-    print(f"{run.name}: {results} (epoch {best['epoch'] + 1}, best on validation)  {RunFolder(run).path}")
+    folder = RunFolder(run)
+    print(f"{run.name}: {results} (epoch {best['epoch'] + 1}, best on validation)  {folder.path}")
+    print(f"Next: python -m skiprnn.evaluate checkpoint={folder.best}; python -m skiprnn.dashboard {run.output}")
+    target = configs.read_sweep(config).target_updates
+    if target is None:
+        return best["validation"][score]
+    return abs(record["final"]["validation"]["state_updates"] / record["steps"] - target)
 
 
 def main() -> None:

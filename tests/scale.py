@@ -15,11 +15,11 @@ from pathlib import Path
 import hydra
 import numpy as np
 
-from skiprnn import dashboard
 from skiprnn.papers import plan, statistics, table
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training.config import packaged
+from skiprnn.views import page
 
 EPOCHS = 30
 
@@ -87,7 +87,7 @@ def main(runs: int) -> None:
             experiment = Experiment("", "", "", ())
             table.layout(experiment, statistics.rows(experiment, planned))
         with told("page"):
-            html = dashboard.page(Path(folder), print)
+            html = page.html(Path(folder), print)
         print(f"the page has {len(html) / 1e6:.1f} MB")
 
 

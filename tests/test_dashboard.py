@@ -1,21 +1,27 @@
-"""The page of a sweep from made-up records: its numbers, its progress, and what a browser makes of it."""
+"""The page of a sweep from made-up records: its numbers, its progress, its server, and what a browser makes of it."""
 
 import json
 import re
 import shutil
-import subprocess
 import sys
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
 import scale
+from browser import MISSING, browser
 from PIL import Image
 
 from skiprnn import dashboard
 from skiprnn.papers import plan
+from skiprnn.papers.claims import read as judge
 from skiprnn.papers.experiments import Experiment
 from skiprnn.training.config import ConfigError
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+from skiprnn.training.folder import locked_files
+from skiprnn.views import page
 
 
 @pytest.fixture(scope="module")
@@ -38,49 +44,101 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def html(output):
-    return dashboard.page(output, print)
+    return page.html(output, print, page.judged(Path("results")))
 
 
-def charts(html: str) -> list[dict]:
-    """The numbers that the page's script draws."""
-    return json.loads(re.search(r"^const views = (.*);$", html, re.MULTILINE)[1])
+def held(html: str) -> dict:
+    """What the page's script has."""
+    return json.loads(re.search(r"^let content = (.*);$", html, re.MULTILINE)[1])
 
 
 def test_page_says_how_far_each_sweep_is(html):
-    titles = re.findall(r"<h2>(\w.*?)</h2>", html)
-    assert titles == ["Many runs (digits)", "Many runs (mnist)", "single runs"]
-    assert "20 runs: 18 complete, 1 begun, 1 failed, 0 waiting" in html
-    assert f"{18 * scale.EPOCHS + 2 * 13} of {20 * scale.EPOCHS} epochs" in html
-    assert "20 runs: 19 complete, 0 begun, 0 failed, 1 waiting" in html
-    assert "RuntimeError: lost &lt;everything&gt;" in html
+    digits, mnist, single = held(html)["sweeps"]
+    titles = ["Many runs (digits)", "Many runs (mnist)", "single runs"]
+    assert [one["title"] for one in (digits, mnist, single)] == titles
+    assert digits["counts"] == {"complete": 18, "begun": 1, "failed": 1}
+    assert digits["epochs"] == [18 * scale.EPOCHS + 2 * 13, 20 * scale.EPOCHS]
+    assert mnist["counts"] == {"complete": 19, "waiting": 1}
+    (failed,) = [run for run in digits["runs"] if run["state"] == "failed"]
+    assert failed["reason"] == "RuntimeError: lost <everything>"
+    assert "lost <everything>" not in html, "text, not markup"
+
+
+def test_a_run_that_a_process_has_is_running(output):
+    (one,) = scale.planned_runs([["model=gru", "data=digits", f"output={output}", "seed=3"]])
+    lock = one.folder.open()
+    try:
+        assert page.progress(one, 0, locked_files(), pytest.fail)["state"] == "running"
+    finally:
+        lock.release()
+    assert page.progress(one, 0, locked_files(), pytest.fail)["state"] == "waiting"
+    shutil.rmtree(one.folder.path)
 
 
 def test_page_shows_means_over_seeds_and_curves(html, output):
-    digits, _, adding = charts(html)
+    digits, _, adding = held(html)["sweeps"]
     records = [json.loads(file.read_text()) for file in output.glob("digits/random_skip_gru_p0/*/record.json")]
     assert len(records) == 5
     accuracies = [record["best"]["test"]["accuracy"] for record in records]
     (row,) = [row for row in digits["rows"] if row["model"] == "random_skip_gru"]
     assert row["score"][0] == pytest.approx(sum(accuracies) / 5, rel=1e-4)
     assert row["epochs"] == [5 * scale.EPOCHS, 5 * scale.EPOCHS]
-    epoch, mean, least, largest = row["curve"][-1]
-    assert epoch == scale.EPOCHS
+    mean, least, largest = (line[-1] for line in row["curves"]["validation/accuracy"])
+    assert row["curves"]["epoch"] == list(range(1, scale.EPOCHS + 1))
+    assert row["curves"]["seconds"] == pytest.approx([1.5 * epoch for epoch in row["curves"]["epoch"]])
     assert (least, largest) == pytest.approx((min(accuracies), max(accuracies)), rel=1e-4)
     assert mean == pytest.approx(sum(accuracies) / 5, rel=1e-4)
     assert adding["score"] == "MSE"
     assert adding["rows"][0]["score"] == [0.25, 0.0]
 
 
+def test_page_shows_each_run_with_its_settings(html, output):
+    content = held(html)
+    run = next(run for run in content["sweeps"][0]["runs"] if run["state"] == "complete")
+    found, record = content["details"][run["name"]], json.loads((output / run["name"] / "record.json").read_text())
+    assert found["config"]["model.cost_per_sample"] == record["config"]["model"]["cost_per_sample"]
+    assert (
+        found["record"]["best.test.accuracy"]
+        == record["best"]["test"]["accuracy"]
+        == pytest.approx(run["results"][0], rel=1e-4)
+    )
+    assert found["curves"]["epoch"] == list(range(scale.EPOCHS))
+    assert len(content["details"]) == sum(len(sweep["runs"]) for sweep in content["sweeps"]) == 41
+
+
+def test_page_shows_the_claims_with_their_verdicts(html):
+    claims = held(html)["claims"]
+    assert [one["text"] for one in claims] == [one.text for one in judge(Path("results"))]
+    assert all(one["best"] and "findings" in one for one in claims)
+
+
 def test_long_curves_are_thinned_and_end_at_the_last_epoch(tmp_path):
-    file = tmp_path / "metrics.csv"
-    file.write_text("epoch,validation/accuracy\n" + "".join(f"{epoch},{epoch / 1000}\n" for epoch in range(600)))
-    curve = dashboard.curve([file, tmp_path / "missing.csv"], "validation/accuracy", print)
-    assert len(curve) == dashboard.EPOCHS_DRAWN
-    assert curve[-1] == [600, 0.599, 0.599, 0.599]
+    (one,) = scale.planned_runs([[f"output={tmp_path}"]])
+    one.folder.path.mkdir(parents=True)
+    one.folder.metrics_file.write_text(
+        "epoch,validation/accuracy,seconds\n" + "".join(f"{epoch},{epoch / 1000},1\n" for epoch in range(600))
+    )
+    record = {"examples": {"train": 640}}
+    curves = page.of_row_curves([one.folder], ["validation/accuracy"], record, 1, pytest.fail)
+    assert len(curves["epoch"]) == page.POINTS
+    assert [line[-1] for line in curves["validation/accuracy"]] == [0.599] * 3
+    assert (curves["epoch"][-1], curves["steps"][-1], curves["seconds"][-1]) == (600, 6000, 600)
+
+
+def test_a_shorter_run_and_an_interrupted_longer_one(tmp_path):
+    """The longer one's epochs are the shorter's, and it has no metrics.csv of its own yet."""
+    both = [["data=digits", f"output={tmp_path}", f"training.epochs={n}"] for n in (scale.EPOCHS, 60)]
+    shorter, longer = scale.planned_runs(both)
+    plan.save_plan(None, "training.epochs=30,60", [shorter, longer])
+    scale.finish(shorter)
+    longer.folder.path.mkdir(parents=True)
+    (sweep,) = page.content(tmp_path, pytest.fail)["sweeps"]
+    assert [run["epochs"] for run in sweep["runs"]] == [[30, 30], [30, 60]]
+    assert [run["state"] for run in sweep["runs"]] == ["complete", "begun"]
 
 
 def test_filters_offer_models_and_costs(html):
-    rows = charts(html)[0]["rows"]
+    rows = held(html)["sweeps"][0]["rows"]
     assert {(row["model"], row["lambda"]) for row in rows} == {
         *(("skip_lstm", "0"), ("skip_gru", "0")),
         *(("random_skip_lstm", "none"), ("random_skip_gru", "none")),
@@ -118,10 +176,11 @@ def test_damaged_files_are_told_and_the_page_is_made_without_them(tmp_path, caps
     assert all(line.startswith("error: ") for line in lines)
     assert [sum(str(file) in line for line in lines) for file in damaged] == [1] * len(damaged)
     assert len(lines) == len(damaged)
-    html = (tmp_path / "dashboard.html").read_text()
-    assert "20 runs: 18 complete, 0 begun, 2 failed, 0 waiting" in html
-    assert f"{record.record_file} is damaged; delete it" in html
-    assert f"{failure.failure_file} is damaged" in html
+    sweep = held((tmp_path / "dashboard.html").read_text())["sweeps"][0]
+    assert sweep["counts"] == {"complete": 18, "failed": 2}
+    reasons = [run["reason"] for run in sweep["runs"] if run["state"] == "failed"]
+    assert f"{record.record_file} is damaged; delete it" in reasons[0]
+    assert f"{failure.failure_file} is damaged" in reasons[1]
 
 
 @pytest.mark.parametrize(
@@ -155,26 +214,184 @@ def test_folder_without_runs(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not BROWSER, reason="needs chromium or google-chrome")
-@pytest.mark.parametrize("width", [390, 1440])
-def test_browser_draws_the_page(width, html, tmp_path):
-    """In a frame as wide as a phone's screen and a desk's, without an error in the console."""
-    probe = """<script>setTimeout(() => {
-        const body = document.documentElement;
-        parent.postMessage({drawn: document.querySelectorAll(".chart .marks").length,
-                            overflow: body.scrollWidth - body.clientWidth}, "*");
-    }, 1000)</script>"""
-    (tmp_path / "page.html").write_text(html + probe)
-    (tmp_path / "frame.html").write_text(
-        f'<iframe src="page.html" width={width} height=800></iframe><pre></pre><script>onmessage = message =>'
-        f' document.querySelector("pre").textContent = JSON.stringify(message.data)</script>'
+# served
+
+
+@pytest.fixture
+def address(output):
+    with dashboard.Server(0, output, ()) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_server_gives_the_page_its_content_runs_and_pictures(address, output):
+    def ask(path):
+        with urlopen(address + path, timeout=60) as answer:
+            return answer.read()
+
+    html = ask("/").decode()
+    assert "details" not in held(html)
+    content = json.loads(ask("/content.json"))
+    assert content["sweeps"] == held(html)["sweeps"]
+    pictured = next(name for sweep in content["sweeps"] for name in sweep["pictures"])
+    assert json.loads(ask(f"/run.json?{quote(pictured, safe='')}"))["picture"]
+    assert ask(f"/{quote(pictured)}/usage.png") == (output / pictured / "usage.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path", ["/run.json?no/such/run", f"/{quote('../../etc/passwd')}", "/nothing", "/a/b/usage.png"]
+)
+def test_server_gives_nothing_else(address, path):
+    with pytest.raises(HTTPError, match="404"):
+        urlopen(address + path, timeout=60)
+
+
+def test_server_answers_this_machine_alone(address):
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(Request(address, headers={"Host": "elsewhere.example:80"}), timeout=60)
+
+
+def test_a_port_that_is_taken(address, output):
+    with pytest.raises(SystemExit, match="--serve 0 takes a port that is free"):
+        dashboard.main([str(output), "--serve", address.rpartition(":")[2]])
+
+
+# in a browser
+
+
+@pytest.fixture(scope="module", params=[390, 1440])
+def window(request):
+    if MISSING:
+        pytest.skip(MISSING)
+    with browser(request.param) as window:
+        yield window
+
+
+DRAWN = "[...document.querySelectorAll('.chart svg.marks')].filter(drawing => drawing.checkVisibility()).length"
+SIZES = "const page = document.documentElement; return [page.scrollWidth - page.clientWidth, page.scrollHeight]"
+
+
+def show(window, address: str, charts: int) -> None:
+    """Open it, wait until it is drawn; it fits the width, and the console is silent."""
+    window.open("about:blank")
+    window.open(address)
+    window.until(f"{DRAWN} === {charts}")
+    overflow, height = window.run(SIZES)
+    assert overflow == 0
+    assert height < 20_000
+    assert window.messages() == []
+
+
+def choose(window, name: str, value: str) -> None:
+    window.run(
+        "const field = document.querySelector(`form [name=${arguments[0]}]`);"
+        "field.value = arguments[1]; field.dispatchEvent(new Event('input'))",
+        name,
+        value,
     )
-    options = ["--headless", "--no-sandbox", "--enable-logging=stderr", "--virtual-time-budget=20000"]
-    address = (tmp_path / "frame.html").as_uri()
-    seen = subprocess.run([BROWSER, *options, "--dump-dom", address], capture_output=True, text=True, timeout=120)
-    result = json.loads(re.search(r"<pre>(.*?)</pre>", seen.stdout)[1])
-    assert result == {"drawn": 2, "overflow": 0}
-    assert not [line for line in seen.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture
+def file(html, tmp_path):
+    (tmp_path / "page.html").write_text(html)
+    return (tmp_path / "page.html").as_uri()
+
+
+def rows_shown(window) -> list[str]:
+    return window.run("return [...document.querySelectorAll('#results tbody tr')].map(row => row.cells[0].textContent)")
+
+
+def test_browser_shows_all_columns(window, file):
+    show(window, file, charts=2)
+    if window.run("return innerWidth") > 1000:
+        assert window.run("const box = document.querySelector('#results'); return box.scrollWidth <= box.clientWidth")
+
+
+def test_browser_sorts(window, file, html):
+    show(window, f"{file}#sort=Accuracy", charts=2)
+    rows = held(html)["sweeps"][0]["rows"]
+    by_accuracy = [row["label"] for row in sorted(rows, key=lambda row: row["score"][0])]
+    assert rows_shown(window) == by_accuracy
+    window.run("document.querySelector('#results th[aria-sort] button').click()")
+    assert rows_shown(window) == by_accuracy[::-1]
+
+
+def test_browser_searches_and_keeps_it_in_the_address(window, file):
+    show(window, file, charts=2)
+    everything = rows_shown(window)
+    choose(window, "search", "random gru")
+    found = rows_shown(window)
+    assert 0 < len(found) < len(everything)
+    assert all("random_skip_gru" in label for label in found)
+    address = window.run("return location.href")
+    show(window, address, charts=2)
+    assert rows_shown(window) == found
+
+
+def test_browser_without_a_match(window, file):
+    show(window, f"{file}#search=nothing+at+all", charts=0)
+    assert window.run("return document.querySelector('#nothing').offsetHeight") > 0
+    window.run("document.querySelector('#all').click()")
+    window.until(f"{DRAWN} === 2")
+
+
+def test_browser_draws_a_curve_of_one_epoch(window, tmp_path):
+    (one,) = scale.planned_runs([["data=digits", f"output={tmp_path}", "training.epochs=2"]])
+    one.folder.path.mkdir(parents=True)
+    one.folder.metrics_file.write_text("epoch,validation/accuracy,seconds\n0,0.5,1\n")
+    one.folder.last.touch()
+    plan.save_plan(None, "seed=0", [one])
+    dashboard.main([str(tmp_path)])
+    show(window, (tmp_path / "dashboard.html").as_uri(), charts=1)
+    points = "return document.querySelectorAll('#learning .mark-symbol.role-mark path').length"
+    assert window.run(points) == 1
+
+
+@pytest.mark.parametrize("x", ["seconds", "steps", "epoch"])
+def test_browser_draws_by_every_axis(window, file, x):
+    show(window, f"{file}#x={x}&smooth=0.9&metric=validation%2Fstate_updates", charts=2)
+    title = window.run("return document.querySelector('#learning').previousSibling.textContent")
+    known = {"steps": "epoch"}  # made-up records do not say of how many examples they are
+    assert title.startswith(f"State updates by {known.get(x, x)}")
+
+
+def test_browser_shows_a_run_beside_another(window, file, html):
+    first, *_, other = [run["name"] for run in held(html)["sweeps"][0]["runs"] if run["state"] == "complete"]
+    show(window, f"{file}#run={quote(first, safe='')}&beside={quote(other, safe='')}", charts=4)
+    settings = window.run(
+        "return [...document.querySelectorAll('#settings .differs')].map(row => row.cells[0].textContent)"
+    )
+    assert {"model.name", "model.cell", "model.policy", "model.p_skip"} <= set(settings)
+    assert "training.epochs" not in settings
+    window.run("document.querySelector('#back').click()")
+    window.until(f"{DRAWN} === 2")
+
+
+def test_browser_shows_the_claims(window, file, html):
+    show(window, f"{file}#sweep=claims", charts=0)
+    text = window.run("return document.querySelector('#claims').innerText")
+    assert all(claim["text"] in text for claim in held(html)["claims"])
+
+
+def test_browser_follows_a_sweep(window, tmp_path):
+    """Served, the page sees a run come to its end without being asked."""
+    planned = scale.planned_runs(
+        [["data=digits", f"output={tmp_path}", "training.epochs=30", "training.cost_free_epochs=0"]]
+    )
+    plan.save_plan(None, "seed=0", planned)
+    with dashboard.Server(0, tmp_path, ()) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        show(window, f"http://127.0.0.1:{server.server_port}/", charts=0)
+        assert "1 waiting" in window.run("return document.querySelector('#far').textContent")
+        scale.finish(planned[0])
+        window.until("document.querySelector('#far').textContent.includes('1 complete')")
+        window.until(f"{DRAWN} === 2")
+        assert window.messages() == []
+        server.shutdown()
+
+
+# on wandb
 
 
 @pytest.fixture

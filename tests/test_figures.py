@@ -11,13 +11,15 @@ from conftest import SMALL, compose, make_small_ucf101, trained
 from matplotlib.colors import to_rgb
 from test_data_ucf101 import film
 
-from skiprnn import figures
+from skiprnn import bench
+from skiprnn import figures as command
 from skiprnn.data.base import MIRROR
 from skiprnn.papers import plan
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError
 from skiprnn.training.job import make_module
 from skiprnn.training.module import SequenceModule
+from skiprnn.views import figures, style
 from skiprnn.views import samples as usage
 
 RED, BLUE = np.array(to_rgb(usage.USED)), np.array(to_rgb(usage.SKIPPED))
@@ -31,7 +33,8 @@ def finish(one: plan.PlannedRun, steps: int = 64, **test: float) -> None:
     """The record of a complete run, as far as figures read it."""
     one.folder.path.mkdir(parents=True, exist_ok=True)
     best = {"test": test | {"inference_flops": 1.0}, "validation": test}
-    one.folder.finish({"best": best, "final": best, "steps": steps, "solved_at": None, "input_flops": 0.0})
+    more = {"solved_at": None, "input_flops": 0.0, "examples": {"train": 640}}
+    one.folder.finish({"best": best, "final": best, "steps": steps} | more)
 
 
 # curves of numbers
@@ -48,24 +51,56 @@ def sweep(tmp_path):
         epochs = pd.DataFrame({"epoch": [0, 1]})
         epochs["validation/accuracy"] = [0.3 + 0.1 * one.run.seed, 0.6]
         epochs["validation/state_updates"] = [64.0, used]
+        epochs["seconds"] = [2.0, 1.0 + one.run.seed]
         epochs.to_csv(one.folder.path / "metrics.csv", index=False)
     return runs
 
 
-def test_tradeoff_has_a_curve_per_model_with_its_means_and_deviations(sweep):
+def test_tradeoff_has_a_point_per_row_with_its_mean_and_deviation(sweep):
     figure = figures.tradeoff(figures.complete(sweep))
-    assert [axes.get_title() for axes in figure.axes] == ["LSTM", "GRU"]
+    assert [axes.get_title() for axes in figure.axes] == ["LSTM, digits", "GRU, digits"]
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
     for axes in figure.axes:
-        drawn = {container.get_label(): container for container in axes.containers}
-        assert list(drawn) == ["RNN", "random steps, p_skip at the points", "Skip RNN, λ at the points"]
-        line, _, (across, up) = drawn["Skip RNN, λ at the points"]
-        np.testing.assert_allclose(line.get_xdata(), [34, 55, 61, 64])  # λ = 1e-2, 3e-3, 1e-3, 0
-        np.testing.assert_allclose(line.get_ydata(), 0.5 + line.get_xdata() / 200)
-        for bars, deviation in ((across, np.sqrt(2)), (up, 0.01 * np.sqrt(2))):  # of +1 and -1
-            lengths = [np.abs(np.subtract(*segment)).max() for segment in bars.get_segments()]
-            np.testing.assert_allclose(lengths, 2 * deviation)
-        labels = [text.get_text() for text in axes.texts]
-        assert labels == ["", "0.75", "0.5", "0.25", "1e-2", "3e-3", "1e-3", "0"]
+        for container, expected in zip(axes.containers[-4:], [64, 61, 55, 34], strict=True):  # λ = 0, 1e-3, 3e-3, 1e-2
+            line, _, (across, up) = container
+            np.testing.assert_allclose(line.get_xydata(), [[expected, 0.5 + expected / 200]])
+            for bars, deviation in ((across, np.sqrt(2)), (up, 0.01 * np.sqrt(2))):  # of +1 and -1
+                lengths = [np.abs(np.subtract(*segment)).max() for segment in bars.get_segments()]
+                np.testing.assert_allclose(lengths, 2 * deviation)
+        colours = [container[0].get_color() for container in axes.containers]
+        assert colours[:4] == [style.BASELINE, *[style.RANDOM] * 3]
+        assert colours[-1] == style.colour("skip")
+        brightness = [sum(to_rgb(one)) for one in colours[-4:]]
+        assert brightness == sorted(brightness, reverse=True), "the larger λ, the darker"
+    (legend,) = figure.legends
+    assert legend.get_title().get_text() == "mean ± standard deviation over 2 runs of each row"
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("RNN", "random steps"),
+        *(f"Skip RNN, λ = {cost}" for cost in ("0", "1e-3", "3e-3", "1e-2")),
+    ]
+
+
+def test_a_long_legend_is_thinned(tmp_path):
+    runs = planned(tmp_path, "model=skip_lstm", f"model.cost_per_sample={','.join(f'{n}e-4' for n in range(20))}")
+    for one in runs:
+        finish(one, accuracy=0.9, state_updates=60 - 1e3 * one.run.model.cost_per_sample)
+    (legend,) = figures.tradeoff(figures.complete(runs)).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == figures.SHADES
+    assert (labels[0], labels[-1]) == ("Skip RNN, λ = 0", "Skip RNN, λ = 1.9e-3")
+
+
+def test_tradeoff_shows_what_is_published(tmp_path):
+    runs = planned(tmp_path, "experiment=table1", "profile=mnist/smoke", "rows=[1,3,6]", "seed=0")
+    for one in runs:
+        finish(one, steps=784, accuracy=0.9, state_updates=400)
+    figure = figures.tradeoff(figures.complete(runs))
+    hollow = [one for axes in figure.axes for one in axes.containers if one[0].get_markerfacecolor() == "white"]
+    published = [[784.0, 0.910], [379.38, 0.973], [392.62, 0.976]]
+    np.testing.assert_allclose([one[0].get_xydata()[0] for one in hollow], published)
+    skip = hollow[1][2][1].get_segments()[0]
+    np.testing.assert_allclose(skip[:, 1], [0.973 - 0.002, 0.973 + 0.002])
+    assert "hollow: published" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_the_same_figure_is_the_same_file(sweep, tmp_path):
@@ -76,11 +111,11 @@ def test_the_same_figure_is_the_same_file(sweep, tmp_path):
     assert b"CreationDate" not in one[0]
 
 
-def test_tradeoff_needs_two_budgets(tmp_path):
-    runs = planned(tmp_path, "experiment=table1", "profile=mnist/smoke", "seed=0")
+def test_tradeoff_needs_two_rows(tmp_path):
+    runs = planned(tmp_path, "experiment=table1", "profile=mnist/smoke", "seed=0", "rows=[1]")
     for one in runs:
         finish(one, accuracy=0.9, state_updates=60)
-    with pytest.raises(ConfigError, match="two values of λ or p_skip"):
+    with pytest.raises(ConfigError, match="only one row"):
         figures.tradeoff(figures.complete(runs))
 
 
@@ -97,14 +132,15 @@ def test_a_lone_run_is_within_its_axis(tmp_path):
         finish(one, steps=50, mse=5e-4, state_updates=50.0 - 1e6 * (one.run.model.cost_per_sample or 0))
     axes = figures.tradeoff(figures.complete(runs)).axes[1]
     low, high = axes.get_ylim()
-    assert axes.get_title() == "GRU"
+    assert axes.get_title() == "GRU, adding"
     assert low < 4e-4
     assert high > 6e-4
 
 
 def test_curves_show_mean_and_range_over_the_seeds(sweep):
     rows = figures.panels(figures.complete(sweep))["LSTM"]
-    accuracy, updates = figures.curves(rows).axes
+    accuracy, updates = lstm_curves(sweep).axes
+    assert accuracy.get_title() == "LSTM, digits"
     assert [line.get_label() for line in accuracy.lines][:2] == ["LSTM", "LSTM, random, p = 0.25"]
     for line, shade in zip(accuracy.lines, accuracy.collections, strict=True):
         np.testing.assert_allclose(line.get_xydata(), [[1, 0.35], [2, 0.6]])
@@ -112,12 +148,45 @@ def test_curves_show_mean_and_range_over_the_seeds(sweep):
         assert {round(y, 9) for x, y in first if x == 1} == {0.3, 0.4}
     skip = next(line for line in updates.lines if line.get_label() == "Skip LSTM, λ = 1e-2")
     np.testing.assert_allclose(skip.get_ydata(), [64, 34])
-    assert len({tuple(line.get_color()) for line in accuracy.lines}) == len(rows)
+    assert len({line.get_color() for line in accuracy.lines}) == len(rows)
+    widths = [line.get_linewidth() for line in accuracy.lines]
+    assert widths == sorted(widths, reverse=True), "what is drawn later hides nothing"
+
+
+def lstm_curves(sweep):
+    rows = figures.complete(sweep)
+    return figures.curves("LSTM", figures.panels(rows)["LSTM"], rows)
+
+
+def test_curves_of_lstm_and_gru_have_one_scale(sweep):
+    worse = next(one for one in sweep if one.run.model.cell == "gru").folder.path / "metrics.csv"
+    pd.read_csv(worse).replace(0.6, 0.05).to_csv(worse, index=False)
+    one = next(one for one in sweep if one.run.model.cell == "gru")
+    finish(one, accuracy=0.05, state_updates=64)
+    rows = figures.complete(sweep)
+    for figure in (figures.tradeoff(rows), figures.learning(rows)):
+        assert len({axes.get_ylim() for axes in figure.axes}) == 1
+        assert figure.axes[0].get_ylim()[0] < 0.3
+    both = [figures.curves(cell, members, rows).axes[0].get_ylim() for cell, members in figures.panels(rows).items()]
+    assert both[0] == both[1]
+    assert both[0][0] < 0.05
+
+
+def test_learning_is_shown_by_step_and_by_second(sweep):
+    rows = figures.complete(sweep)
+    by_step, by_second, *of_gru = figures.learning(rows).axes
+    assert len(by_step.lines) == len(figures.panels(rows)["LSTM"])
+    for steps, seconds in zip(by_step.lines, by_second.lines, strict=True):
+        np.testing.assert_allclose(steps.get_xydata(), [[10, 0.35], [20, 0.6]])  # 640 in batches of 64
+        np.testing.assert_allclose(seconds.get_xydata(), [[2, 0.35], [3.5, 0.6]])
+    assert len({axes.get_ylim() for axes in (by_step, by_second, *of_gru)}) == 1
+    assert by_second.get_xlabel() == "" or "passed" in by_second.get_xlabel()
+    assert "passed" in of_gru[1].get_xlabel()
 
 
 def test_a_curve_of_some_of_its_runs_says_so(sweep):
     (sweep[0].folder.path / "metrics.csv").unlink()  # known by its record alone
-    line, other = figures.curves(figures.panels(figures.complete(sweep))["LSTM"]).axes[0].lines[:2]
+    line, other = lstm_curves(sweep).axes[0].lines[:2]
     assert (line.get_label(), other.get_label()) == ("LSTM, 1 of 2 runs", "LSTM, random, p = 0.25")
     np.testing.assert_allclose(line.get_xydata(), [[1, 0.4], [2, 0.6]])
 
@@ -128,7 +197,9 @@ def test_one_epoch_makes_no_curve(sweep):
         file = one.folder.path / "metrics.csv"
         pd.read_csv(file)[:1].to_csv(file, index=False)
     with pytest.raises(ConfigError, match="two epochs"):
-        figures.curves(rows)
+        figures.curves("LSTM", rows, rows)
+    with pytest.raises(ConfigError, match="two epochs"):
+        figures.learning(rows)
 
 
 def test_rows_of_other_data_settings_are_in_panels_of_their_own(tmp_path):
@@ -149,10 +220,35 @@ def test_only_complete_runs_count_and_the_best_on_validation_is_shown(tmp_path):
     (row,) = figures.complete(runs)
     assert len(row.runs) == 3
     assert row.test("mse") == (pytest.approx(0.2), pytest.approx(0.1))
-    assert row.best() == runs[1].folder
+    assert row.best() == runs[1].folder.best
     runs[1].folder.best.unlink()  # the others', though here, would not show the row's best
     with pytest.raises(ConfigError, match=f"{runs[1].run.name}: .* the checkpoint is not"):
         row.best()
+    published = tmp_path / "published" / "checkpoints" / runs[1].run.name / "model.safetensors"
+    published.parent.mkdir(parents=True)
+    published.touch()
+    (row,) = figures.complete(runs, tmp_path / "published")
+    assert row.best() == published
+
+
+def test_every_picture_names_model_cost_and_data():
+    skip, neurons = (lively(f"model={model}", "model.cost_per_sample=1e-3") for model in ("skip_lstm", "sa_gru"))
+    (legend,) = usage.usage(skip).legends
+    assert legend.get_title().get_text() == "Skip LSTM, λ = 1e-3, digits"
+    assert usage.neurons(neurons).get_suptitle().startswith("SA-GRU, λ = 1e-3, digits: ")
+
+
+def test_time_against_rate_is_drawn_beside_torchs(tmp_path):
+    times = [
+        {"shape": "mnist", "cell": "lstm", "task": task, "seconds": {"torch": seconds}}
+        for task, seconds in (("train", 2.0), ("infer", 0.5))
+    ]
+    curve = {"train": {"1": 1.5, "2": 0.8}, "infer": {"1": 0.4, "2": 0.2}}
+    axes = bench.draw({"default": {"times": times, "curve": curve}}).axes[0]
+    drawn = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    assert drawn["nn.LSTM, train"] == 2000
+    assert drawn["nn.LSTM, infer"] == 500
+    assert drawn["Skip LSTM, train"] == 1500
 
 
 # what a network reads
@@ -314,24 +410,39 @@ def test_the_command_draws_what_it_can_and_says_what_it_left_out(tmp_path, capsy
     for one in runs[1:]:
         trained(one.run)
     target = tmp_path / "published"
-    figures.main([*arguments, f"output={tmp_path}", f"publish={target}"])
+    command.main([*arguments, f"output={tmp_path}", f"publish={target}"])
     printed = capsys.readouterr().out
     assert "2 of 3 runs are complete" in printed
-    assert "left out: tradeoff: no model has complete runs with two values" in printed
     written = sorted(file.name for file in (target / "figures").iterdir())
-    names = ["curves-gru", "curves-lstm", "neurons-3-sa_gru_lambda0.01", "usage-2-skip_lstm_lambda0.01"]
+    names = [
+        "curves-gru",
+        "curves-lstm",
+        "learning",
+        "neurons-3-sa_gru_lambda0.01",
+        "tradeoff",
+        "usage-2-skip_lstm_lambda0.01",
+    ]
     assert written == [f"{name}{suffix}" for name in names for suffix in (".pdf", ".png")]
     assert all(file.read_bytes().startswith((b"%PDF", b"\x89PNG")) for file in (target / "figures").iterdir())
     for one in runs[1:]:
         one.folder.best.unlink()
         (one.folder.path / "metrics.csv").unlink()
     capsys.readouterr()
-    figures.main([*arguments, f"output={tmp_path}", "hydra/launcher=processes"])
+    command.main([*arguments, f"output={tmp_path}", "hydra/launcher=processes"])
     assert capsys.readouterr().out.count("left out: ") == 5
 
 
 def test_nothing_to_draw_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="error: experiment=NAME is missing: which figures"):
-        figures.main([f"output={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"error: output=.*: none of the 1 runs is complete"):
+        command.main([f"output={tmp_path}"])
     with pytest.raises(SystemExit, match=r"error: output=.*: none of the 12 runs is complete"):
-        figures.main(["experiment=digits", "profile=digits/smoke", f"output={tmp_path}"])
+        command.main(["experiment=digits", "profile=digits/smoke", f"output={tmp_path}"])
+
+
+def test_a_grid_has_figures_without_an_experiment(tmp_path, capsys):
+    grid = ["model=skip_lstm,skip_gru", "model.cost_per_sample=0,1e-3", f"output={tmp_path}"]
+    for one in planned(tmp_path, *grid):
+        finish(one, accuracy=0.9, state_updates=60)
+    command.main(grid)
+    (drawn,) = tmp_path.glob("tables/digits-*_cpu/figures/tradeoff.png")
+    assert f"figures in {drawn.parent}/" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from random import Random
 from subprocess import CompletedProcess
@@ -19,9 +21,10 @@ import pytest
 import torch
 from conftest import SMALL, command, compose
 from hydra.errors import HydraException
+from rich.console import Console
 from test_runs import assert_same_outcome
 
-from skiprnn import sweep
+from skiprnn import sweep, tables, train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers import sweep as one_sweep
 from skiprnn.training import cluster, config, job, workers
@@ -49,7 +52,7 @@ train.main()
 """
 
 
-def test_killed_sweep_continues_with_what_is_incomplete(tmp_path):
+def test_killed_sweep_continues_with_what_is_incomplete(tmp_path, capsys):
     killed = command("4", *SWEEP, f"output={tmp_path}", script=KILLED_SWEEP)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = {path: path.read_bytes() for path in tmp_path.rglob("record.json")}
@@ -64,6 +67,17 @@ def test_killed_sweep_continues_with_what_is_incomplete(tmp_path):
     assert settings == {(cost, seed) for cost in (0.0, 1e-5, 1e-4, 1e-3) for seed in (0, 1)}
     folders = {path.parent.parent.name for path in records}
     assert folders == {f"skip_lstm_lambda{cost}" for cost in ("0", "1e-05", "0.0001", "0.001")}
+    (table,) = tmp_path.glob("tables/digits-*_cpu/table.md")
+    text = table.read_text()
+    assert text.count("| 2 / 2") == 4
+    assert text in again.stdout, "any sweep ends with its table"
+    assert (table.parent / "figures" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert f"figures in {table.parent}/figures/\n  tradeoff.pdf\n  tradeoff.png" in again.stdout
+    assert again.stdout.splitlines()[-1].startswith(f"Next: python -m skiprnn.dashboard {tmp_path}")
+    tables.main([*SWEEP[1:], f"output={tmp_path}", "hydra/launcher=processes"])
+    assert text in capsys.readouterr().out, "the same overrides, the same table"
+    assert "srun" not in again.stderr
+    assert "deprecated" not in again.stderr
 
 
 def test_failed_run_is_reported_at_the_end_and_the_others_finish(tmp_path):
@@ -87,6 +101,90 @@ def test_experiment_in_two_processes_ends_in_its_table(tmp_path):
     table = (tmp_path / "tables" / "digits_smoke" / "table.md").read_text()
     assert table.count("| 1 / 1") == 12
     assert table in done.stdout
+
+
+def test_each_data_set_has_a_table_with_its_score(tmp_path, capsys):
+    grid = ["data=digits,adding", "model=skip_lstm", "seed=0,1", f"output={tmp_path}"]
+    for one in plan.requested(grid)[1]:
+        score = "mse" if one.run.data["name"] == "adding" else "accuracy"
+        results = {"test": {score: 0.25, "state_updates": 30.0, "inference_flops": 1e6}}
+        one.folder.path.mkdir(parents=True)
+        one.folder.finish({"best": results, "final": results, "steps": 50})
+    tables.main(grid)
+    digits, adding = capsys.readouterr().out.split("written to")[:2]
+    assert "| Accuracy " in digits
+    assert "| MSE " in adding
+    assert digits.count("| 2 / 2") == adding.count("| 2 / 2") == 1
+    with pytest.raises(SystemExit, match="2 data sets make 2 tables"):
+        tables.main([*grid, f"publish={tmp_path / 'published'}"])
+
+
+@pytest.mark.parametrize("target", [None, 0.25])
+def test_other_sweepers_search_by_the_score_or_a_target_of_updates(target, tmp_path, capsys):
+    """What Hydra gives Optuna, which is not ours to install."""
+    given = [*SMALL, "training.epochs=1", f"output={tmp_path}", *([f"target_updates={target}"] if target else [])]
+    value = train.train.__wrapped__(compose(given))
+    (file,) = tmp_path.rglob("record.json")
+    record = json.loads(file.read_text())
+    share = record["final"]["validation"]["state_updates"] / record["steps"]
+    assert value == (abs(share - target) if target else record["best"]["validation"]["accuracy"])
+    assert str(file.with_name("best.ckpt")) in capsys.readouterr().out.splitlines()[-1], "what to do next"
+
+
+def test_hydras_own_sweeper_works(tmp_path):
+    options = ["hydra/sweeper=basic", "seed=0,1", *SMALL, "training.epochs=1", f"output={tmp_path}"]
+    done = command("-m", *options, cwd=tmp_path)  # where Hydra leaves its multirun.yaml
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("record.json"))) == 2
+
+
+@pytest.mark.parametrize("target", ["0", "1.5", "half"])
+def test_a_target_that_is_no_share(target):
+    with pytest.raises(ConfigError, match="target_updates"):
+        config.read_sweep(compose([f"target_updates={target}"]))
+
+
+def test_processes_share_one_display(tmp_path, monkeypatch):
+    """A line for each run that a process has, with how far it is; none for those that wait or are over."""
+    runs = [one.run for seed in range(4) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
+    _, begun, ahead, over = (RunFolder(run) for run in runs)
+    display = workers.Display([runs[:2], runs[2:]])
+    over.path.mkdir(parents=True)
+    over.fail(RuntimeError("lost"))
+    locks = [folder.open() for folder in (begun, ahead)]
+    rows = "epoch,validation/accuracy,validation/state_updates,seconds\n" + "".join(
+        f"{n},0.5,20,60\n" for n in range(3)
+    )
+    ahead.last.touch()
+    ahead.metrics_file.write_text(rows)
+    console = Console(width=160, record=True, file=StringIO())
+    console.print(display)
+    for lock in locks:
+        lock.release()
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines] == [begun.run.name, ahead.run.name, "all"]
+    epochs = ahead.run.training.epochs
+    assert f"0 / {epochs}" in lines[0]
+    left = workers.duration((epochs - 3) * 60)
+    assert re.search(rf"3 / {epochs} +accuracy 0\.500, updates 20\.0, {left} left", lines[1])
+    assert "1 / 4" in lines[2]
+    monkeypatch.setattr(job, "on_terminal", lambda: True)
+    assert job.has_bar()
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "LokyProcess-1")
+    assert not job.has_bar(), "the process that started this one draws it"
+
+
+@pytest.mark.parametrize(("alone", "told"), [(1.0, True), (2.0, False)])
+def test_processes_are_suggested_where_they_are_faster(alone, told, tmp_path, monkeypatch, capsys):
+    todo = [
+        one for seed in range(4) for one in planned_runs(f"seed={seed}", f"output={tmp_path}", "training.epochs=30")
+    ]
+    monkeypatch.setattr(one_sweep, "cpu_count", lambda: 2)
+    monkeypatch.setattr(one_sweep, "seconds_per_epoch", lambda run: alone if run.threads == 1 else 99)
+    one_sweep.tell_processes(todo, {one_sweep.kind_of(one): 1.0 for one in todo})
+    said = capsys.readouterr().out
+    assert ("hydra/launcher=processes threads=1, 2 at once, about 60 s: 2.0 times as fast" in said) == told
+    assert torch.get_num_threads() == 1
 
 
 def test_experiment_needs_multirun(tmp_path):

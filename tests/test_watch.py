@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import trained
+import yaml
+from conftest import SMALL, compose, trained
 from PIL import Image
 
 from skiprnn.training import wandb_page as watch
 from skiprnn.training.config import ConfigError
+from skiprnn.training.config import read as config_of
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.keeper import RunKeeper
 from skiprnn.views.samples import picture
@@ -41,7 +43,7 @@ def read_page(folder: Path) -> dict:
 
     wandb.teardown()  # its service writes the last block when it ends
     (file,) = folder.glob("*.wandb")
-    page: dict = {"history": [], "summary": {}}
+    page: dict = {"history": [], "summary": {}, "axes": {}, "artifacts": []}
 
     def values(items) -> dict:
         return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
@@ -51,6 +53,10 @@ def read_page(folder: Path) -> dict:
             page |= {"run": record.run, "config": values(record.run.config.update)}
         page["history"] += [values(record.history.item)] if record.HasField("history") else []
         page["summary"] |= values(record.summary.update)
+        page["axes"] |= {record.metric.name: record.metric.step_metric} if record.HasField("metric") else {}
+        if record.HasField("request") and record.request.HasField("log_artifact"):
+            page["artifacts"] += [record.request.log_artifact.artifact]
+        page["artifacts"] += [record.artifact] if record.HasField("artifact") else []
     return page
 
 
@@ -85,6 +91,14 @@ def test_offline_page_holds_history_summary_and_pictures(wandb_run):
     for key in ("accuracy", "state_updates", "inference_flops"):
         assert page["summary"][f"test/{key}"] == record["best"]["test"][key]
     assert page["summary"]["best_epoch"] == record["best"]["epoch"]
+    first = f"{watch.Page.AGAINST}/accuracy"
+    assert page["axes"][first] == "validation/state_updates"
+    assert [row[first] for row in epochs] == [row["validation/accuracy"] for row in epochs]
+    assert first == min(key for key in epochs[-1] if "/" in key), "sections are in the order of their names"
+    (weights,) = page["artifacts"]
+    assert (weights.type, weights.name) == ("model", f"skip_lstm_lambda0.001-{run.hash}")
+    (entry,) = weights.manifest.contents
+    assert (entry.path, entry.size) == ("best.ckpt", RunFolder(run).best.stat().st_size)
     pictures = [name for row in page["history"] for name in row.get("usage/filenames", [])]
     assert len(pictures) == 2
     last = Image.open(folder / "files" / pictures[-1])
@@ -122,3 +136,34 @@ def test_a_page_per_run_and_one_for_a_resumed_run(wandb_run, monkeypatch):
     assert another["run"].run_id == other.hash
     epochs = [[row["epoch"] for row in page["history"] if "epoch" in row] for page in (first, continued, another)]
     assert epochs == [[0], [1], [0, 1]]
+
+
+def test_wandbs_agent_can_search_for_a_cost(wandb_run, monkeypatch, tmp_path):
+    """The file for `wandb sweep`, by the agent's own words for the command, and the page that the agent asks for."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    config = yaml.safe_load((Path(__file__).parents[1] / "examples" / "wandb_sweep.yaml").read_text())
+    chosen = {"model": "skip_lstm", "model.cost_per_sample": 0.01, "seed": 2}
+    assert chosen.keys() == config["parameters"].keys()
+    arguments = create_sweep_command_args({"args": {key: {"value": value} for key, value in chosen.items()}})
+    words = create_sweep_command(config["command"])
+    words = [word.replace("${program}", config["program"]) for word in words if word != "${env}"]
+    place = words.index("${args_no_hyphens}")
+    words[place : place + 1] = arguments["args_no_hyphens"]
+    start = words.index(config["program"])
+    assert words[start - 2 : start] == ["python", "-m"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents01")
+    short = [
+        *SMALL,
+        "training.epochs=1",
+        "training.decay_epochs=0",
+        "training.cost_free_epochs=0",
+        "training.warmup_epochs=0",
+    ]
+    run = config_of(compose([*words[start + 1 :], *short, f"output={tmp_path}"]))
+    assert (run.model.cost_per_sample, run.seed) == (0.01, 2)
+    trained(run)
+    (folder,) = (RunFolder(run).path / "wandb").glob("offline-run-*")
+    described = read_page(folder)["run"]
+    assert (described.run_id, described.sweep_id) == ("agents01", "sweep123")

@@ -20,14 +20,13 @@ from scipy import stats
 
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import Experiment, Row
-from skiprnn.papers.records import LAST, METRICS, SOLVED, Results, holds
+from skiprnn.papers.records import LAST, METRICS, SECONDS, SOLVED, Results, holds, steps_per_epoch
 from skiprnn.papers.records import read as read_record
 from skiprnn.papers.statistics import LEAST_RUNS, LEVEL, UNDECIDED, Sample, difference, other_data
 from skiprnn.training.config import ConfigError
 
 MISSING = "–"
 HOLDS, FAILS, TOO_FEW, UNTESTED = "holds", "does not hold", "too few runs", "not tested"
-SECONDS = ("cpu_seconds", "seconds")  # of an epoch; the first counts no other work on the machine, where it is there
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,7 @@ def reached(row: Evidence, curve: pd.DataFrame, accuracy: float, unit: str) -> f
     upto = curve[: int(there.to_numpy().argmax()) + 1]
     if unit != "steps":
         return float(upto[unit].sum())
-    record = row.results.records[0]
-    data, training = record["config"]["data"], record["config"]["training"]
-    batches = record["examples"]["train"] / training["batch_size"]
-    whole = math.floor(batches) if data.get("drop_last") else math.ceil(batches)
-    return len(upto) * min(whole, training["train_batches"] or whole)
+    return len(upto) * steps_per_epoch(row.results.records[0])
 
 
 def solved(test: dict[str, Any], rows: Sequence[Evidence], epoch: str) -> Outcome:

@@ -34,8 +34,8 @@ class PlannedRun:
         return RunFolder(self.run)
 
 
-def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[PlannedRun], Path | None]:
-    """What a command line asks for: the experiment if it names one, the runs that a sweep over it has, publish=FOLDER.
+def requested(arguments: Sequence[str]) -> tuple[Experiment, list[PlannedRun], Path | None]:
+    """What a command line asks for: the experiment or the grid, the runs that a sweep over it has, publish=FOLDER.
 
     How the sweep would be launched (hydra/...) is of no matter.
 
@@ -58,7 +58,8 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment | None, list[Planned
         with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
             name = compose(grid[0] if grid else [])["experiment"]
             experiment = load(name) if name else None
-            return experiment, runs(experiment, grid, compose), folders[-1] if folders else None
+            planned = runs(experiment, grid, compose)
+            return experiment or plain(" ".join(overrides)), planned, folders[-1] if folders else None
     except (HydraException, ValueError) as error:
         if isinstance(error, ConfigError) or not (isinstance(error, HydraException) or configs.is_of_hydra(error)):
             raise
@@ -95,9 +96,9 @@ def runs(
             finals = [overrides]
             if experiment and not any(override.startswith("seed=") for override in overrides):
                 finals = [[*overrides, f"seed={seed}"] for seed in read.seeds(overrides)]
-            rows.setdefault(label, []).extend(
-                PlannedRun(replace(row, label=label), read(final), tuple(final)) for final in finals
-            )
+            for final in finals:
+                run = read(final)
+                rows.setdefault(label, []).append(PlannedRun(replace(row, label=label or run.row), run, tuple(final)))
     planned = [one for group in rows.values() for one in group]
     if not planned:
         raise ConfigError("the sweep holds no runs: check its overrides")
@@ -165,10 +166,45 @@ class SavedPlan:
     planned: tuple[PlannedRun, ...]
 
 
+def plain(command: str) -> Experiment:
+    """What stands for the experiment of a grid that names none; its title is what the command asks for."""
+    left_out = re.compile(rf"({'|'.join(HOW)}|publish|hydra[/.].*)=")
+    return Experiment("", " ".join(one for one in command.split() if not left_out.match(one)), "", ())
+
+
+def apart(
+    experiment: Experiment, planned: Sequence[PlannedRun], folder: Path | None = None
+) -> list[tuple[Experiment, list[PlannedRun]]]:
+    """A sweep's tables: one for each data set. A plain grid's have the columns of their task, and a name of their own.
+
+    Raises:
+        ConfigError: several tables for one folder.
+    """
+    groups: dict[str, list[PlannedRun]] = {}
+    for one in planned:
+        groups.setdefault(one.run.data["name"], []).append(one)
+    tables = []
+    for data, group in groups.items():
+        title = f"{experiment.title} ({data})" if len(groups) > 1 else experiment.title
+        table = replace(experiment, title=title)
+        if not experiment.name:
+            record = next((one.folder.record() for one in group if one.folder.complete), {})
+            score = "mse" if record.get("task") == "regression" else "accuracy"
+            table = replace(table, name=f"{data}-{digest(group)}", columns=(score, *experiment.columns[1:]))
+        tables.append((table, group))
+    if folder and len(tables) > 1:
+        raise ConfigError(f"publish={folder}: {len(tables)} data sets make {len(tables)} tables; publish one at a time")
+    return tables
+
+
+def digest(planned: Sequence[PlannedRun]) -> str:
+    """Eight hexadecimal digits that name these runs."""
+    return hashlib.sha256(" ".join(one.run.name for one in planned).encode()).hexdigest()[:8]
+
+
 def save_plan(experiment: Experiment | None, command: str, planned: Sequence[PlannedRun]) -> None:
     """Keep a sweep's plan; the same runs, planned again, replace it. A row's runs differ in the seed alone."""
-    told = [one for one in command.split() if one.split("=")[0] not in HOW]
-    experiment = experiment or Experiment("", " ".join(told), "", ())
+    experiment = experiment or plain(command)
     rows: dict[str, dict[str, Any]] = {}
     for one in planned:
         identity = one.run.identity
@@ -186,8 +222,7 @@ def save_plan(experiment: Experiment | None, command: str, planned: Sequence[Pla
         "profile": planned[0].run.profile,
         "rows": list(rows.values()),
     }
-    digest = hashlib.sha256(" ".join(one.run.name for one in planned).encode()).hexdigest()[:8]
-    write_atomically(folder / f"{digest}.json", json.dumps(content).encode())
+    write_atomically(folder / f"{digest(planned)}.json", json.dumps(content).encode())
 
 
 def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:

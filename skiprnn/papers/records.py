@@ -1,6 +1,7 @@
 """What runs ended with: read, measured, exchanged with what is published."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from skiprnn.model import pretrained
 from skiprnn.papers.experiments import Row
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training.config import ConfigError, RunConfig
@@ -24,6 +26,7 @@ class Metric:
 
 
 SOLVED, UPDATES = "task_solved", "state_updates"
+SECONDS = ("cpu_seconds", "seconds")  # of an epoch; the first counts no other work on the machine, where it is there
 METRICS = {
     SOLVED: Metric("Task solved", 2, share=True),
     "accuracy": Metric("Accuracy", 3),
@@ -65,6 +68,14 @@ def measured(record: dict[str, Any], metric: str) -> float | None:
             return None if cnn is None else test["inference_flops"] + test["state_updates"] * cnn
         case name:
             return test[name]
+
+
+def steps_per_epoch(record: dict[str, Any]) -> int:
+    """Updates of the weights in an epoch of a run."""
+    data, training = record["config"]["data"], record["config"]["training"]
+    batches = record["examples"]["train"] / training["batch_size"]
+    whole = math.floor(batches) if data.get("drop_last") else math.ceil(batches)
+    return min(whole, training["train_batches"] or whole)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,16 @@ def read(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file} is damaged; delete it") from None
     return record if "error" in record else read_record(file, run)
+
+
+def weights_file(published: Path, name: str) -> Path:
+    """Where the weights of a run are published.
+
+    Args:
+        published: folder of published results.
+        name: of the run.
+    """
+    return published / "checkpoints" / name / pretrained.FILE
 
 
 def exchange(planned: Sequence[PlannedRun], published: Path) -> None:

@@ -1,5 +1,6 @@
 """A sweep from end to end: plan, estimate, launch what is incomplete, report failures, make the table."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -7,11 +8,14 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+import torch
+from joblib import cpu_count
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from skiprnn.papers import experiments, plan, table
+from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import job
 from skiprnn.training.config import ConfigError, RunConfig, packaged
@@ -21,6 +25,7 @@ from skiprnn.training.job import Draw
 from skiprnn.training.workers import Place, packed
 
 ROWS_TOLD = 40  # more of them are summed up by data set and model
+WORTH_IT, FASTER = 60.0, 1.5  # seconds of a sweep, and times as fast: less is not worth a word
 
 
 def run(
@@ -29,6 +34,7 @@ def run(
     find_place: Callable[[Path], Place],
     command: str,
     draw: Draw,
+    draw_figures: Callable[[Experiment, list[PlannedRun]], str],
 ) -> None:
     """Carry out a sweep; exits with status 1 if a run failed, after all others were tried.
 
@@ -40,6 +46,7 @@ def run(
         find_place: where to train runs whose folders are in a folder.
         command: the overrides as typed.
         draw: the picture of what a network uses, for the run folder.
+        draw_figures: of complete runs, beside their table; says what they are.
     """
     job.quieten()
     try:
@@ -51,6 +58,8 @@ def run(
         prepare(todo)
         seconds = tell_plan(planned, todo, place)
         plan.save_plan(experiment, command, planned)  # what cannot work was refused, and leaves nothing
+        if len(todo) > 1 and place.here and not place.gpu and place.workers == 1:
+            tell_processes(todo, seconds)
         if experiment and todo and place.here and not place.gpu:
             tell_other_profiles(experiment, grid, compose, todo, seconds, place.workers)
         # the longest first: none is left alone at the end
@@ -62,9 +71,16 @@ def run(
         sys.exit(job.INTERRUPTED)
     if reasons is None:
         return
-    if experiment:
+    for one, runs in plan.apart(experiment or plan.plain(command), planned):
         print()
-        print(table.publish(experiment, planned))
+        print(table.publish(one, runs))
+        if any(run.folder.complete for run in runs):
+            print(draw_figures(one, runs))
+    again = shlex.join(one for one in command.split() if not one.startswith(("hydra/", "hydra.")))
+    print(
+        f"Next: python -m skiprnn.dashboard {planned[0].run.output}, each run beside the others; "
+        f"python -m skiprnn.figures {again}, also what the best runs read"
+    )
     failures = [
         f"  {one.run.name}: {reasons.get(one.run.name) or one.folder.failure}"
         f"{f'; delete {one.folder.failure_file} to try again' if one.folder.diverged else ''}"
@@ -143,8 +159,27 @@ def tell_plan(planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], place: 
     return measured
 
 
+def tell_processes(todo: Sequence[PlannedRun], seconds: Mapping[str, float]) -> None:
+    """Say how much sooner a process per core would be done, where that is worth it."""
+    total = sum(seconds[kind_of(one)] * (one.run.training.epochs - one.folder.epochs_done()) for one in todo)
+    workers = min(cpu_count(), len(todo))
+    if total < WORTH_IT or workers == 1:
+        return
+    threads = torch.get_num_threads()
+    with Console().status("measuring a few steps on one thread"):
+        alone = seconds_per_epoch(replace(todo[0].run, threads=1))
+    torch.set_num_threads(threads)
+    gain = workers * seconds[kind_of(todo[0])] / alone
+    if gain >= FASTER:
+        Console().print(
+            f"With hydra/launcher=processes threads=1, {workers} at once, about {duration(total / gain)}: "
+            f"{gain:.1f} times as fast.",
+            soft_wrap=True,
+        )
+
+
 def tell_other_profiles(
-    experiment: experiments.Experiment,
+    experiment: Experiment,
     grid: Sequence[Sequence[str]],
     compose: Callable[[Sequence[str]], DictConfig],
     todo: Sequence[PlannedRun],

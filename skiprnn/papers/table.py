@@ -130,7 +130,7 @@ def caption(experiment: Experiment, planned: Sequence[PlannedRun]) -> str:
         text += f" Data: {'; or '.join(notes)}."
     if any(other_data(experiment, row) for row in ended):
         text += " They are other data than the paper's, whose numbers stand beside them to compare directions."
-    return f"{text} Paper: {experiment.source}."
+    return f"{text} Paper: {experiment.source}." if experiment.source else text
 
 
 def _settings(planned: Sequence[PlannedRun]) -> list[str]:

@@ -256,6 +256,8 @@ class SweepConfig:
 
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])  # of every row of an experiment
     rows: list[int] | None = None  # of the experiment, by number from 1; None: all
+    # share of the steps that are updates, to which a search (hydra/sweeper=optuna) comes near; None: it seeks the score
+    target_updates: float | None = None
 
     def __post_init__(self):
         for name, numbers, least in (("seeds", self.seeds, 0), ("rows", self.rows, 1)):
@@ -263,6 +265,10 @@ class SweepConfig:
                 numbers is None or (len(numbers) == len(set(numbers)) > 0 and min(numbers) >= least),
                 f"{name}={numbers}: must be different numbers from {least} on, such as [{least}, {least + 1}]",
             )
+        _require(
+            self.target_updates is None or 0 < self.target_updates <= 1,
+            f"target_updates={self.target_updates}: must be a share of the steps, above 0 and at most 1",
+        )
 
 
 def _settings(part: Any) -> dict[str, Any]:

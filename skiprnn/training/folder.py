@@ -16,6 +16,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -54,6 +55,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             reason = f"cannot write {path}: {error.strerror or error}"
             raise StorageError(f"{reason}; with that mended, the same command continues") from error
         raise
+
+
+def locked_files() -> set[int]:
+    """Inodes of the files that processes of this machine have locked, as Linux tells it: no lock is tried."""
+    file = Path("/proc/locks")
+    return {int(line.split()[-3].split(":")[2]) for line in file.read_text().splitlines()} if file.exists() else set()
 
 
 class RunFolder:
@@ -97,6 +104,21 @@ class RunFolder:
     def diverged(self) -> bool:
         """Whether the run ended because its loss did: it is done, and has not learned."""
         return (self.failure or "").startswith(f"{DivergedError.__name__}:")
+
+    def state(self, locked: Collection[int]) -> str:
+        """complete, running (a process of this machine has it locked), failed, stopped (begun, that is) or waiting.
+
+        Args:
+            locked: what locked_files gave.
+        """
+        if self.complete:
+            return "complete"
+        lock = self.path / ".lock"
+        if lock.exists() and lock.stat().st_ino in locked:
+            return "running"
+        if self.failure:
+            return "failed"
+        return "stopped" if self.epochs_done() else "waiting"
 
     def record(self) -> dict[str, Any]:
         """The record of a complete run.

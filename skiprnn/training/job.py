@@ -73,6 +73,8 @@ def prepare_process(run: RunConfig) -> None:
 def quieten() -> None:
     """Lightning's remarks on its own set-up say nothing to our users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for remark in ("The `srun` command is available", "`isinstance\\(treespec, LeafSpec\\)` is deprecated"):
+        warnings.filterwarnings("ignore", remark)  # which point at no module of theirs
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # the first step
 
@@ -252,7 +254,7 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, Se
     try:
         for folder, checkpoint in behind:
             module, loggers = made.pop(folder.run.name, None) or make_module(folder.run), make_loggers(folder)
-            keeper = RunKeeper(folder, module, loggers, quiet=has_bar())
+            keeper = RunKeeper(folder, module, loggers, quiet=on_terminal())
             modules.append(module)
             keepers.append(keeper)
             callbacks += [wandb_page.UsagePictures(folder, module, loggers, draw)] if draw else []
@@ -266,7 +268,7 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, Se
         if until == epochs:
             for keeper in keepers:
                 record = make_record(keeper) | {"pack": len(keepers)}
-                wandb_page.summarise(keeper.loggers, record)
+                wandb_page.summarise(keeper.loggers, record, keeper.folder)
                 keeper.folder.finish(record)
     finally:
         complete = all(keeper.folder.complete for keeper in keepers)
@@ -331,9 +333,14 @@ def make_loggers(folder: RunFolder) -> list[Logger]:
     ]
 
 
-def has_bar() -> bool:
-    """Whether progress is a bar on a terminal, rather than a line now and then."""
+def on_terminal() -> bool:
+    """Whether progress is drawn, rather than a line now and then."""
     return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def has_bar() -> bool:
+    """Whether this process draws it: of a sweep's processes, the one that started the others draws it for all."""
+    return on_terminal() and multiprocessing.current_process().name == "MainProcess"
 
 
 def make_trainer(

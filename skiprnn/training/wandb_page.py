@@ -3,13 +3,14 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as lightning
 from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from skiprnn.training import measures
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, write_atomically
 from skiprnn.training.module import SequenceModule
@@ -57,8 +58,31 @@ class UsagePictures(lightning.Callback):
                 logger.log_image("usage", [Image.open(file)], step=epoch)
 
 
+class Page(WandbLogger):
+    """A run's page, whose first chart is the validation score against the state updates, epoch by epoch.
+
+    It has a section of its own, for a chart's horizontal axis goes with the name of what is drawn.
+    """
+
+    AGAINST = "against state updates"
+
+    begun = False
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Also called with a picture."""
+        for score in measures.SCORES.values():
+            if (value := metrics.get(f"validation/{score}")) is not None:
+                metrics = {**metrics, f"{self.AGAINST}/{score}": value}
+                if not self.begun:
+                    self.experiment.define_metric("validation/state_updates")
+                    self.experiment.define_metric(f"{self.AGAINST}/{score}", step_metric="validation/state_updates")
+                    self.begun = True
+        super().log_metrics(metrics, step)
+
+
 def page_options(run: RunConfig) -> dict[str, Any]:
-    """What makes a run's wandb page: the run's identity, so that a resumed run continues it.
+    """What makes a run's wandb page: the run's identity, so that a resumed run continues it. Started by wandb's agent
+    (`wandb sweep`), the page is the one that the agent has chosen.
 
     Offline, without a question, where there is no key or no server; `wandb sync` takes it online later.
 
@@ -74,8 +98,7 @@ def page_options(run: RunConfig) -> dict[str, Any]:
     name = run.data["name"]
     options = {
         "name": run.name,
-        "id": run.hash,
-        "resume": "allow",
+        **({} if "WANDB_SWEEP_ID" in os.environ else {"id": run.hash, "resume": "allow"}),
         "group": f"{run.experiment or name}/{run.row}",
         "job_type": "train",
         "tags": [name, run.model.cell, run.model.policy, f"profile {run.profile.get('name')}"],
@@ -92,8 +115,8 @@ def page_options(run: RunConfig) -> dict[str, Any]:
     return options
 
 
-def summarise(loggers: Sequence[Logger], record: dict[str, Any]) -> None:
-    """Give the wandb page its summary: the test results of the epoch that is best on validation."""
+def summarise(loggers: Sequence[Logger], record: dict[str, Any], folder: RunFolder) -> None:
+    """Give the wandb page its summary, the test results of the epoch that is best on validation, and its weights."""
     best = record["best"]
     results = {f"test/{key}": value for key, value in best["test"].items()}
     for logger in loggers:
@@ -101,6 +124,11 @@ def summarise(loggers: Sequence[Logger], record: dict[str, Any]) -> None:
             logger.experiment.summary.update(
                 results | {"best_epoch": best["epoch"], "parameters": record["parameters"]}
             )
+            import wandb  # it is there: the page is
+
+            weights = wandb.Artifact(f"{folder.run.row}-{folder.run.hash}", "model", metadata=folder.run.identity)
+            weights.add_file(str(folder.best))
+            logger.experiment.log_artifact(weights)
 
 
 def close_page(complete: bool) -> None:

@@ -6,15 +6,19 @@ import time
 import traceback
 from collections.abc import Collection, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from skiprnn.training import job
 from skiprnn.training.config import ConfigError, DivergedError, RunConfig
-from skiprnn.training.folder import RunFolder
+from skiprnn.training.folder import RunFolder, duration, locked_files, read_metrics
 from skiprnn.training.job import Draw
 
 MOST = 1024  # processes
@@ -92,6 +96,44 @@ def _end_with(parent: int) -> None:
     os._exit(1)  # files are written whole or not at all
 
 
+class Display:
+    """On a terminal: a line for each run that is being trained, and one for all, from the run folders."""
+
+    def __init__(self, packs: Packs):
+        self.left = [RunFolder(run) for pack in packs for run in pack]
+        self.runs, self.began = len(self.left), time.monotonic()
+
+    def live(self) -> AbstractContextManager:
+        """Shown while it lasts."""
+        if not job.on_terminal():
+            return nullcontext()
+        return Live(get_renderable=lambda: self, refresh_per_second=1, transient=True)
+
+    def __rich__(self) -> Table:
+        locked = locked_files()
+        self.left = [one for one in self.left if not (one.record_file.exists() or one.failure_file.exists())]
+        lines = Table.grid(padding=(0, 2))
+        for folder in self.left:
+            lock = folder.path / ".lock"
+            if lock.exists() and lock.stat().st_ino in locked:
+                self._line(lines, folder)
+        over = self.runs - len(self.left)
+        passed = duration(time.monotonic() - self.began)
+        lines.add_row("all runs", ProgressBar(self.runs, over, width=20), f"{over} / {self.runs}", f"{passed} so far")
+        return lines
+
+    def _line(self, lines: Table, folder: RunFolder) -> None:
+        epochs, said = folder.run.training.epochs, ""
+        with suppress(ConfigError):  # before the first epoch is over
+            metrics = read_metrics(folder.metrics_file)
+            key = next(name for name in ("accuracy", "mse") if f"validation/{name}" in metrics)
+            score, updates = (metrics[f"validation/{name}"][-1] for name in (key, "state_updates"))
+            left = duration((epochs - folder.epochs_done()) * metrics["seconds"][-1])
+            said = f"{key} {score:.3f}, updates {updates:.1f}, {left} left"
+        done = folder.epochs_done()
+        lines.add_row(folder.run.name, ProgressBar(epochs, done, width=20), f"{done} / {epochs}", said)
+
+
 class Here:
     """This machine.
 
@@ -122,8 +164,9 @@ class Here:
             before = progress(packs)
             try:
                 calls = [delayed(attempt_in_worker)(pack, draw) for pack in packs]
-                for found in Parallel(self.workers, batch_size=1)(calls):
-                    failures |= found
+                with Display(packs).live():
+                    for found in Parallel(self.workers, batch_size=1)(calls):
+                        failures |= found
                 return failures
             except BrokenExecutor as error:
                 reason = str(error).splitlines()[0]

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -35,26 +34,9 @@ from skiprnn.model.policies import POLICIES, Policy
 from skiprnn.training.config import ConfigError
 from skiprnn.training.measures import state_updates
 from skiprnn.training.module import SequenceModule
+from skiprnn.views.style import SKIPPED, STYLE, USED, WIDTH, described
 
-WIDTH = 3.3  # inches, a column
-USED, SKIPPED = "#b2182b", "#2166ac"  # the papers' red and blue, in shades that the colour-blind tell apart
 PADDING_SHADE = 0.4  # of red and blue over padded frames
-STYLE: Any = {  # of matplotlib's rcParams
-    "font.size": 7,
-    "axes.titlesize": 6,
-    "axes.labelsize": 7,
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "legend.fontsize": 6,
-    "legend.frameon": False,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 300,
-    "pdf.fonttype": 42,  # text stays text
-}
 
 
 @dataclass(frozen=True)
@@ -136,10 +118,15 @@ def usage(module: SequenceModule) -> Figure:
     raise ConfigError(f"there is no picture of {type(data).__name__} yet: write one in skiprnn/views/samples.py")
 
 
-def _legend(figure: Figure, *more: Line2D) -> None:
-    """What red and blue mean."""
-    handles = [_square(USED, "used"), _square(SKIPPED, "skipped")]
-    figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=4, handletextpad=0.2)
+def _named(module: SequenceModule) -> str:
+    """The model with its λ, and its data."""
+    return f"{described(module.run.model)}, {module.run.data['name']}"
+
+
+def _legend(figure: Figure, module: SequenceModule, *more: Line2D) -> None:
+    """What red and blue mean, and whose they are."""
+    handles = [_square(USED, "used"), _square(SKIPPED, "skipped"), *more]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.2, title=_named(module))
 
 
 def _square(colour: str, label: str) -> Line2D:
@@ -155,7 +142,7 @@ def _outcome(example: Example, names: Sequence[str]) -> str:
 def images(module: SequenceModule) -> Figure:
     """An image of every class: ink light, used pixels red, skipped ones blue ([SKIP] figure 3)."""
     shown, names = examples(module, 10), [str(number) for number in range(module.data.outputs)]
-    figure = Figure((WIDTH, 1.85))
+    figure = Figure((WIDTH, 2.0))
     for axes, example in zip(figure.subplots(2, 5).flat, shown, strict=True):
         ink = 0.75 * example.inputs[..., None] / max(example.inputs.max(), 1e-9)  # not white: its colour shows
         colours = np.where(example.updates[:, None, None], _rgb(USED), _rgb(SKIPPED))  # (T, 1, 3)
@@ -163,7 +150,7 @@ def images(module: SequenceModule) -> Figure:
         axes.imshow(image, interpolation="nearest", aspect=image.shape[1] / image.shape[0])
         axes.set_title(f"{_outcome(example, names)}\n{100 * example.updates.mean():.0f} % used", fontsize=5.5, pad=2)
         axes.set_axis_off()
-    _legend(figure)
+    _legend(figure, module)
     return figure
 
 
@@ -171,13 +158,13 @@ def samples(module: SequenceModule) -> Figure:
     """Sequences of numbers, with the marked ones of the adding task ([SKIP] figures 5 and 6)."""
     data = module.data
     shown = examples(module, 3 if data.task == "regression" else 4)
-    figure = Figure((WIDTH, 0.35 + 0.8 * len(shown)))
+    figure = Figure((WIDTH, 0.5 + 0.8 * len(shown)))
     panels = figure.subplots(len(shown), sharex=True, sharey=True)
     for axes, example in zip(panels, shown, strict=True):
         _samples(axes, data, example)
     panels[-1].set_xlabel("step")
     marks = [Line2D([], [], color="black", marker="v", linestyle="none", markersize=3, label="to be added")]
-    _legend(figure, *(marks if isinstance(data, Adding) else []))
+    _legend(figure, module, *(marks if isinstance(data, Adding) else []))
     return figure
 
 
@@ -206,7 +193,7 @@ def words(module: SequenceModule) -> Figure:
     shown, vocabulary = _reviews(module, 2)
     lines = [_broken(list(zip(vocabulary[ids], used, strict=True))[:200]) for ids, used in map(_tokens, shown)]
     leading = 0.125  # inches from line to line
-    figure = Figure((WIDTH, 0.3 + sum(leading * (len(each) + 2) for each in lines)))
+    figure = Figure((WIDTH, 0.45 + sum(leading * (len(each) + 2) for each in lines)))
     figure.set_layout_engine("none")
     top = figure.get_figheight() - 0.02
     for example, each in zip(shown, lines, strict=True):
@@ -218,7 +205,7 @@ def words(module: SequenceModule) -> Figure:
                 weight = "bold" if used else "normal"
                 _write(figure, 0.05 + left, top, word, color=USED if used else SKIPPED, weight=weight)
         top -= leading
-    _legend(figure)
+    _legend(figure, module)
     return figure
 
 
@@ -309,7 +296,7 @@ def frames(module: SequenceModule) -> Figure:
     films = {row: _video(data, f"{clip.action}/{clip.name}.avi") for row, clip in enumerate(clips)}
     shown = examples(module, 5, lambda row: films[row] is not None)
     stills = any(films[example.row] for example in shown)
-    figure = Figure((WIDTH, 0.25 + (len(shown) + 0.4) * (0.75 if stills else 0.4)))
+    figure = Figure((WIDTH, 0.4 + (len(shown) + 0.4) * (0.75 if stills else 0.4)))
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.015, wspace=0, hspace=0)
     heights = [1.0] * (len(shown) - 1) + [1.4]  # the last has the axis
     bands = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -336,7 +323,7 @@ def frames(module: SequenceModule) -> Figure:
     first.set_ha("left")
     last.set_ha("right")  # or they would stick out, and this axis be narrower than those above
     axes.set_xlabel("seconds")
-    _legend(figure, _square(to_hex(tuple(1 - (1 - _rgb(SKIPPED)) * PADDING_SHADE)), "padding (pale)"))
+    _legend(figure, module, _square(to_hex(tuple(1 - (1 - _rgb(SKIPPED)) * PADDING_SHADE)), "padding (pale)"))
     return figure
 
 
@@ -398,5 +385,6 @@ def neurons(module: SequenceModule) -> Figure:
             axes.plot(np.flatnonzero(marked) + 1, example.inputs[marked, 0], "v", color=USED, markersize=4)
         axes.set_ylabel("input")
     figure.align_ylabels()
-    figure.suptitle(f"{example.counted:.1f} updates in {example.length} steps, mean over the neurons", fontsize=6)
+    counted = f"{example.counted:.1f} updates in {example.length} steps, mean over the neurons"
+    figure.suptitle(f"{_named(module)}: {counted}", fontsize=6)
     return figure
