@@ -200,10 +200,10 @@ def test_a_plan_that_cannot_be_shown_is_told_and_left_out(place, value, tmp_path
     part, told = content, []
     for key in place[:-1]:
         part = part[key]
-    assert dashboard.plans(tmp_path, told.append)
+    assert page.sweeps(tmp_path, told.append)
     part[place[-1]] = value
     file.write_text(json.dumps(content))
-    assert dashboard.plans(tmp_path, told.append) == []
+    assert page.sweeps(tmp_path, told.append) == []
     assert len(told) == 1
     assert str(file) in told[0]
 
