@@ -360,7 +360,7 @@ def test_a_sweep_is_refused(overrides, message, refused, capsys):
     def find_place(output):
         return ProcessesLauncher(**launcher).place(output, None)
 
-    refused(lambda: sweep.run(grid, config_of, find_place, overrides, None), message)
+    refused(lambda: sweep.run(grid, config_of, find_place, overrides, None, None), message)
 
 
 HYDRA = [

@@ -226,7 +226,7 @@ def test_the_page_from_class_to_table_figures_and_model_card(tmp_path, monkeypat
     figures.main([*arguments, f"publish={tmp_path / 'published'}"])
     drawn = {file.stem for file in (tmp_path / "published" / "figures").glob("*.png")}
     usage = {"usage-1-skip_norm_lstm_lambda0.001", "usage-2-eager_skip_gru_lambda0"}
-    assert drawn == {"curves-layernorm-lstm", "curves-gru"} | usage
+    assert drawn == {"curves-layernorm-lstm", "curves-gru", "learning", "tradeoff"} | usage
     publish.main([*arguments, f"publish={tmp_path / 'published'}"])
     cards = {file.parent.name: file for file in (tmp_path / "published").rglob("checkpoints/**/README.md")}
     card = next(file for file in cards.values() if "eager" in str(file)).read_text()

@@ -175,7 +175,7 @@ def test_a_sweep_packs_the_seeds_of_a_row(tmp_path):
 
 
 def test_without_a_sweep_there_is_one_run(tmp_path):
-    done = command("pack=2", "seed=7", *SMALL, *SHORT, "training.epochs=1", f"output={tmp_path}")
+    done = command("seed=7", *SMALL, *SHORT, "training.epochs=1", f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.rglob("record.json")
     assert record.parent.name.startswith("seed7_")

@@ -211,7 +211,9 @@ def test_a_command_gets_its_arguments(monkeypatch, capsys):
 
 
 def test_a_command_without_its_extra_says_which(monkeypatch):
-    monkeypatch.delitem(sys.modules, "skiprnn.dashboard", raising=False)
+    for module in ("skiprnn.dashboard", "skiprnn.views.page"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr("skiprnn.views.page", raising=False)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     monkeypatch.setattr(sys, "argv", ["skiprnn", "dashboard"])
     expected = r"^error: skiprnn dashboard needs vl_convert: pip install 'skiprnn\[experiments\]'$"

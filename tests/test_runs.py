@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, command, compose, trained
 
-from skiprnn import figures, train
+from skiprnn import train
 from skiprnn.training import config, job, provenance
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
@@ -29,6 +29,7 @@ import os, signal, sys
 from skiprnn import train
 from skiprnn.training import module
 from skiprnn.training import folder as runs
+from skiprnn.views import figures
 
 what, count = sys.argv.pop(1), int(sys.argv.pop(1))
 calls = 0

@@ -15,7 +15,7 @@ from conftest import compose, trained
 from safetensors import safe_open
 from safetensors.torch import save
 
-from skiprnn import dashboard, evaluate, publish
+from skiprnn import evaluate, publish
 from skiprnn.data.base import DataError, read_npz
 from skiprnn.data.imdb import IMDb
 from skiprnn.data.ucf101.store import FeatureStore
@@ -26,6 +26,7 @@ from skiprnn.training import config
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_record
 from skiprnn.training.job import load, make_data
+from skiprnn.views import page
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_json_may_not_be_nested_beyond_what_python_can_read(name, honest, tmp_pa
             with pytest.raises(ConfigError, match="is damaged; delete it"):
                 records.read(file)
         case "plan" | "config.yaml":
-            assert dashboard.plans(tmp_path, told.append) == []
+            assert page.sweeps(tmp_path, told.append) == []
             assert len(told) == 1
         case "store.json":
             (folder.path / "index.csv").touch()

@@ -103,8 +103,12 @@ def test_experiment_in_two_processes_ends_in_its_table(tmp_path):
     assert table in done.stdout
 
 
-def test_each_data_set_has_a_table_with_its_score(tmp_path, capsys):
-    grid = ["data=digits,adding", "model=skip_lstm", "seed=0,1", f"output={tmp_path}"]
+def test_each_data_set_has_a_table_with_its_score(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "profile").mkdir(parents=True)
+    common = (config.packaged("conf") / "profile" / "digits" / "cpu.yaml").read_text()
+    (tmp_path / "conf" / "profile" / "common.yaml").write_text(common)  # of both data sets
+    grid = ["data=digits,adding", "profile=common", "model=skip_lstm", "seed=0,1", f"output={tmp_path}"]
     for one in plan.requested(grid)[1]:
         score = "mse" if one.run.data["name"] == "adding" else "accuracy"
         results = {"test": {score: 0.25, "state_updates": 30.0, "inference_flops": 1e6}}

@@ -350,7 +350,8 @@ def is_of_hydra(error: Exception) -> bool:
 
 
 def require_own_profile(choices: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a data set that has profiles would be trained by another one's.
+    """Raises ConfigError where a data set that has profiles would be trained by another one's; conf/profile/NAME.yaml,
+    in no data set's folder, is for any.
 
     Args:
         choices: of Hydra's config groups.
@@ -358,7 +359,7 @@ def require_own_profile(choices: Mapping[str, Any]) -> None:
     data, profile = choices["data"], choices["profile"]
     own = {file.stem for folder in (packaged("conf"), Path("conf")) for file in folder.glob(f"profile/{data}/*.yaml")}
     _require(
-        not own or str(profile).startswith(f"{data}/"),
+        not own or "/" not in str(profile) or str(profile).startswith(f"{data}/"),
         f"profile={profile} is not for data={data}: add profile={data}/NAME, of {', '.join(sorted(own))}",
     )
 
