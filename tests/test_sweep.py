@@ -110,10 +110,12 @@ def test_each_data_set_has_a_table_with_its_score(tmp_path, capsys, monkeypatch)
     (tmp_path / "conf" / "profile" / "common.yaml").write_text(common)  # of both data sets
     grid = ["data=digits,adding", "profile=common", "model=skip_lstm", "seed=0,1", f"output={tmp_path}"]
     for one in plan.requested(grid)[1]:
-        score = "mse" if one.run.data["name"] == "adding" else "accuracy"
-        results = {"test": {score: 0.25, "state_updates": 30.0, "inference_flops": 1e6}}
+        score, task = ("mse", "regression") if one.run.data["name"] == "adding" else ("accuracy", "classification")
+        test = {score: 0.25, "state_updates": 30.0, "inference_flops": 1e6}
+        results = {"test": test, "validation": test}
         one.folder.path.mkdir(parents=True)
-        one.folder.finish({"best": results, "final": results, "steps": 50})
+        facts = {"steps": 50, "solved_at": None, "input_flops": 0.0}
+        one.folder.finish(facts | {"task": task, "best": results, "final": results})
     tables.main(grid)
     digits, adding = capsys.readouterr().out.split("written to")[:2]
     assert "| Accuracy " in digits

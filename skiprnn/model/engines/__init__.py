@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
