@@ -22,6 +22,7 @@ from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
 from skiprnn.training.keeper import MetricsFile, RunKeeper
 from skiprnn.training.module import SideBySide
+from skiprnn.views import figures
 
 # Runs training in a process that is killed in the middle of writing a file for the n-th time, or in the n-th step.
 KILLED_RUN = """
@@ -29,7 +30,6 @@ import os, signal, sys
 from skiprnn import train
 from skiprnn.training import module
 from skiprnn.training import folder as runs
-from skiprnn.views import figures
 
 what, count = sys.argv.pop(1), int(sys.argv.pop(1))
 calls = 0
