@@ -88,20 +88,6 @@ def test_packed_runs_equal_the_reference_one_by_one(cell, policy, layers, ragged
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("q", [0.5, 0.25, 0.125])
-def test_exact_ties_of_the_gate(q):
-    """A constant q that reaches 0.5 exactly: half to even is no update, and min(q, 1 - s) halves its gradient."""
-    runs = []
-    for engine in ("reference", "batched"):
-        rnn = network("lstm", "skip", 1, 4, 1, engine, dtype=torch.float64)
-        with torch.no_grad():
-            rnn.policy.weight.zero_()
-            rnn.policy.bias.fill_(torch.logit(torch.tensor(q, dtype=torch.float64)))
-        runs.append(results(rnn, torch.ones(2, 25, 1, dtype=torch.float64), 2))
-    assert 0 < runs[0]["updates"].mean() < 1
-    assert_equal(runs[1], runs[0], 1e-10)
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_nan_shows_where_the_reference_shows_it(cell, policy):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skiprnn import Recurrent
 from skiprnn.model import engines
-from skiprnn.model.engines import batched, contact, operator
+from skiprnn.model.engines import batched, contact, operator, trial
 
 FEW = [contact.Variant("lstm", "skip", 2), contact.Variant("gru", "selective", 1)]
 
@@ -37,7 +37,7 @@ def with_kernels(monkeypatch, **changed):
 
 def test_a_right_engine_passes(fresh):
     for tested in FEW:
-        assert 0 < contact.check("batched", "cpu", tested) < 1e-5
+        assert 0 < trial.check("batched", "cpu", tested) < 1e-5
 
 
 def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch):
@@ -65,7 +65,7 @@ def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch
         with monkeypatch.context() as patch:
             with_kernels(patch, **changed)
             for tested in FEW:
-                found = contact.check("batched", "cpu", tested)
+                found = trial.check("batched", "cpu", tested)
                 assert (contact.reason(found) or "").endswith(reason)
 
 

@@ -276,13 +276,13 @@ def test_bfloat16_weights(cell, policy, variant, monkeypatch):
             assert policy != "always"
 
 
-@requires_native
+@pytest.mark.parametrize("engine", [pytest.param("native", marks=requires_native), "batched"])
 @pytest.mark.parametrize("q", [0.5, 0.25, 0.125])
-def test_exact_ties_of_the_gate(q):
+def test_exact_ties_of_the_gate(q, engine):
     """A constant q that reaches 0.5 exactly: half to even is no update, and min(q, 1 - s) halves its gradient."""
     runs = []
-    for engine in ("reference", "native"):
-        rnn = network("lstm", "skip", 1, 4, 1, engine, dtype=torch.float64)
+    for one in ("reference", engine):
+        rnn = network("lstm", "skip", 1, 4, 1, one, dtype=torch.float64)
         with torch.no_grad():
             rnn.policy.weight.zero_()
             rnn.policy.bias.fill_(torch.logit(torch.tensor(q, dtype=torch.float64)))

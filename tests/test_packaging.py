@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
@@ -272,3 +273,20 @@ def test_what_is_the_users_own_is_found_where_a_command_starts(tmp_path, monkeyp
     assert [one.folder.complete for one in planned] == [True, True]
     (ours,) = plan.requested(["data=digits"])[1]
     assert ours.run.data["name"] == "digits"
+
+
+def test_modules_import_in_one_direction():
+    """No circles, also not by imports within functions, and nothing imports a command."""
+    modules = {".".join(file.with_suffix("").parts).removesuffix(".__init__"): file for file in MODULES}
+    imports: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        nodes = list(ast.walk(ast.parse((ROOT / file).read_text())))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= whole & modules.keys() or {str(node.module)}
+        imports[name] = found & modules.keys() - {name, "skiprnn"}  # the package's own names are the model's
+    commands = {f"skiprnn.{name}" for name in console.COMMANDS}
+    assert not [(name, one) for name, others in imports.items() for one in others & commands]
+    assert list(TopologicalSorter(imports).static_order())  # raises where there is a circle

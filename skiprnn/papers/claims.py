@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from skiprnn.papers import experiments
-from skiprnn.papers.experiments import Experiment, Row
-from skiprnn.papers.records import LAST, METRICS, SECONDS, SOLVED, Results, holds, steps_per_epoch
+from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Experiment, Row
+from skiprnn.papers.records import SECONDS, Results, holds, steps_per_epoch
 from skiprnn.papers.records import read as read_record
 from skiprnn.papers.statistics import LEAST_RUNS, LEVEL, UNDECIDED, Sample, difference, other_data
 from skiprnn.training.config import ConfigError

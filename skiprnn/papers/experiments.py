@@ -1,6 +1,6 @@
 """experiments/*.yaml: the rows of a table, what the paper says of them, and how they are compared with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,33 @@ from skiprnn.training.config import ConfigError, RunConfig, packaged
 FOLDER, OWN = packaged("experiments"), Path("experiments")  # OWN: where a command is started
 CLAIMS = "claims"  # the file there that is no table
 COLUMNS = ("accuracy", "state_updates", "inference_flops")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: its heading, and the digits shown (None: as a power of ten)."""
+
+    heading: str
+    digits: int | None = None
+    share: bool = False  # of the runs: shown as yes or no, without a spread
+
+
+SOLVED, UPDATES = "task_solved", "state_updates"
+METRICS = {
+    SOLVED: Metric("Task solved", 2, share=True),
+    "accuracy": Metric("Accuracy", 3),
+    "mse": Metric("MSE", 6),
+    UPDATES: Metric("State updates", 2),
+    "state_updates_percent": Metric("State updates (%)", 1),
+    "inference_flops": Metric("Inference FLOPs"),
+    "inference_flops_with_cnn": Metric("Inference FLOPs with the CNN"),
+}
+LAST = "last_"  # before a metric's name: at the last epoch; FLOPs follow from the updates
+METRICS |= {
+    LAST + name: replace(metric, heading=f"{metric.heading} (last epoch)")
+    for name, metric in METRICS.items()
+    if "flops" not in name
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +55,7 @@ class Experiment:
     title: str
     source: str
     rows: tuple[Row, ...]
-    columns: tuple[str, ...] = COLUMNS  # of skiprnn.papers.records.METRICS
+    columns: tuple[str, ...] = COLUMNS  # of METRICS
     published_runs: int | None = None  # that a published mean and standard deviation are of
     # of a metric that is compared: the difference that does not matter; of state_updates as a share of the steps
     margins: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skiprnn.papers.experiments import Experiment, Row, load
+from skiprnn.papers.experiments import METRICS, Experiment, Row, load
 from skiprnn.training import config as configs
 from skiprnn.training.config import ConfigError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
@@ -248,8 +248,6 @@ def saved_plans(output: Path, tell: Callable[[str], object]) -> list[SavedPlan]:
 
 def _require_sound(content: dict[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError unless a saved plan has what is shown of it."""
-    from skiprnn.papers.records import METRICS  # here, for it reads what is planned
-
     columns = content["experiment"]["columns"]
     if not METRICS.keys() >= set(columns) or not any(name.startswith("state_updates") for name in columns):
         raise ValueError(columns)

@@ -4,44 +4,18 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from skiprnn.model import pretrained
-from skiprnn.papers.experiments import Row
+from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Row
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import read_record, write_atomically
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A column: its heading, and the digits shown (None: as a power of ten)."""
-
-    heading: str
-    digits: int | None = None
-    share: bool = False  # of the runs: shown as yes or no, without a spread
-
-
-SOLVED, UPDATES = "task_solved", "state_updates"
 SECONDS = ("cpu_seconds", "seconds")  # of an epoch; the first counts no other work on the machine, where it is there
-METRICS = {
-    SOLVED: Metric("Task solved", 2, share=True),
-    "accuracy": Metric("Accuracy", 3),
-    "mse": Metric("MSE", 6),
-    UPDATES: Metric("State updates", 2),
-    "state_updates_percent": Metric("State updates (%)", 1),
-    "inference_flops": Metric("Inference FLOPs"),
-    "inference_flops_with_cnn": Metric("Inference FLOPs with the CNN"),
-}
-LAST = "last_"  # before a metric's name: at the last epoch; FLOPs follow from the updates
-METRICS |= {
-    LAST + name: replace(metric, heading=f"{metric.heading} (last epoch)")
-    for name, metric in METRICS.items()
-    if "flops" not in name
-}
 
 
 def both_epochs(columns: Sequence[str]) -> list[str]:

@@ -17,9 +17,9 @@ import pandas as pd
 from scipy.stats import t as student
 
 from skiprnn.model.policies import POLICIES
-from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.experiments import LAST, METRICS, SOLVED, UPDATES, Experiment
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.papers.records import LAST, METRICS, SOLVED, UPDATES, Results, both_epochs, holds, results
+from skiprnn.papers.records import Results, both_epochs, holds, results
 
 LEVEL = 0.05  # of every test
 LEAST_RUNS = 3  # that say anything of a spread

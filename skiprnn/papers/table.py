@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.experiments import METRICS, SOLVED, UPDATES, Experiment
 from skiprnn.papers.plan import HOW, PlannedRun
-from skiprnn.papers.records import METRICS, SOLVED, UPDATES, both_epochs, exchange, results
+from skiprnn.papers.records import both_epochs, exchange, results
 from skiprnn.papers.statistics import LEAST_RUNS, other_data, rows
 from skiprnn.training.config import TrainingConfig
 from skiprnn.training.folder import write_atomically

@@ -18,9 +18,9 @@ import vl_convert
 from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.papers import claims, statistics, table
-from skiprnn.papers.experiments import Experiment, Row
+from skiprnn.papers.experiments import METRICS, Experiment, Row
 from skiprnn.papers.plan import PlannedRun, SavedPlan, apart, digest, saved_plans
-from skiprnn.papers.records import METRICS, steps_per_epoch
+from skiprnn.papers.records import steps_per_epoch
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, locked_files, read_metrics
 from skiprnn.views import style

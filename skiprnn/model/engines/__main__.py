@@ -8,7 +8,7 @@ import json
 
 import torch
 
-from skiprnn.model.engines import contact
+from skiprnn.model.engines import contact, trial
 
 TIMED = [contact.Variant(*one, 1) for one in (("lstm", "always"), ("lstm", "skip"), ("gru", "always"))]
 
@@ -20,7 +20,7 @@ def table(device: str) -> None:
     for engine in ("native", "batched") if device == "cpu" else ("triton", "batched", "fused"):
         found = contact.verdict(engine, device, contact.VARIANTS)
         passed = {tested: float(error) for tested, error in found.items() if contact.reason(error) is None}
-        timed = [f"{contact.milliseconds(engine, device, tested):.3f}" if tested in passed else "-" for tested in TIMED]
+        timed = [f"{trial.milliseconds(engine, device, tested):.3f}" if tested in passed else "-" for tested in TIMED]
         worst = f"{max(passed.values()):.1e}" if passed else "-"
         print(f"{engine:10} {f'{len(passed)}/{len(found)}':>8} {worst:>9} {'  '.join(timed):>36}")
         for tested, error in found.items():
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.of:
         (tested,) = (one for one in contact.VARIANTS if str(one) == arguments.of[1])
-        print(json.dumps(contact.check(arguments.of[0], arguments.device, tested)))
+        print(json.dumps(trial.check(arguments.of[0], arguments.device, tested)))
     else:
         table(arguments.device)
 
