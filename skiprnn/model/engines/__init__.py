@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines import batched, compact, contact, fused, native, reference, triton
+from skiprnn.model.engines import batched, compact, contact, cuda, fused, native, reference, triton
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.policies import Policy, Skip
 
@@ -30,8 +30,9 @@ ENGINES: dict[str, Engine] = {
     "batched": batched,
     "fused": fused,
     "triton": triton,
+    "cuda": cuda,
 }
-SHARED = {"batched": batched, "fused": fused, "triton": triton}  # several runs in one launch
+SHARED = {"batched": batched, "fused": fused, "triton": triton, "cuda": cuda}  # several runs in one launch
 
 
 def check(name: str) -> None:
@@ -67,7 +68,7 @@ def choose(name: str, cells: Sequence[Cell], policy: Policy, x: Tensor, dropout:
         _say_once(f"skiprnn's reference engine runs this, correctly but slowly; of the fast ones, {reason}")
         return "reference"
     # Triton's interpreter is slow: only where it is asked for
-    fast = ("native", "compact") if x.device.type == "cpu" else ("triton", "batched")
+    fast = ("native", "compact") if x.device.type == "cpu" else ("cuda", "triton", "batched")
     named = x.device.type, cells[0].name, policy.name, len(cells)
     for engine in fast:
         if ENGINES[engine].unsupported(cells, policy, x) is None and _trusted(engine, *named):

@@ -1,0 +1,242 @@
+"""skiprnn::recurrence by the CUDA kernels: what they read and write, the products after the time loop.
+
+Every tensor has a leading dimension R, the runs that share a launch. Other shapes: see kernels.cu.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from skiprnn.model.engines.cuda import nvrtc
+from skiprnn.model.engines.operator import KERNELS, PIECES, Arriving, Gradients, Kernels, Outputs, Problem
+
+SOURCE = Path(__file__).with_name("kernels.cu")
+ROWS = 16  # sequences of a block
+LARGEST = 128  # columns [h, x, 1]: more weights than that do not fit the registers
+POLICIES = {"always": 0, "random_steps": 1, "skip": 2}
+POINTERS = (
+    "x draw lengths weights w_p b_p states gate output updates kept read reset kept_gate d_output d_updates d_pre d_w_p"
+    " d_b_p"
+)
+SIZES = "B T"
+
+
+class Arguments(ctypes.Structure):
+    """As in kernels.cu."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS.split()), *((name, ctypes.c_int) for name in SIZES.split())]
+
+
+class Layout(NamedTuple):
+    """Sizes of a problem; see kernels.cu."""
+
+    runs: int
+    batch: int
+    steps: int
+    inputs: int
+    hidden: int
+    cell: str
+    policy: str
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Layout":
+        return cls(*problem.x.shape, problem.hidden[0], problem.cell, problem.policy)
+
+    @property
+    def gates(self) -> int:
+        return 4 if self.cell == "lstm" else 3
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.batch // ROWS)
+
+    @property
+    def warps(self) -> int:
+        """KT."""
+        return -(-(self.hidden + self.inputs + 1) // 16)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return 16 * self.warps
+
+    def parts(self) -> list[int]:
+        """Elements of float32 that backward needs: what the lanes keep, [h, x, 1], and the GRU's [r * h, x, 1]."""
+        rows = self.runs * self.steps * self.batch * self.width // 2
+        kept = 4 if self.cell == "gru" else 7 if self.policy == "skip" else 6
+        lanes = self.runs * self.steps * self.tiles * 32 * self.warps
+        return [4 * kept * lanes, rows, rows if self.cell == "gru" else 0]
+
+    def defines(self, **more: int) -> dict[str, int]:
+        """The macros that the kernels are compiled with."""
+        lstm, policy = int(self.cell == "lstm"), POLICIES[self.policy]
+        return {"LSTM": lstm, "POLICY": policy, "I": self.inputs, "H": self.hidden, "KT": self.warps, **more}
+
+
+@cache
+def source() -> str:
+    """The kernels'."""
+    return SOURCE.read_text()
+
+
+def launch(layout: Layout, name: str, defines: dict[str, int], tensors: dict[str, Tensor | None]) -> None:
+    """Run one pass on contiguous tensors."""
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
+    pointers: dict[str, Any] = {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
+    arguments = Arguments(**pointers, B=layout.batch, T=layout.steps)
+    kernel = nvrtc.load(source(), layout.defines(**defines), [name])[name]
+    kernel((layout.tiles, layout.runs), 32 * layout.warps, arguments)
+
+
+def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """The outputs' shapes."""
+    layout = Layout.of(problem)
+    rows, skip = tuple(problem.x.shape[:3]), layout.policy == "skip"
+    return [
+        (*rows, layout.hidden),
+        (layout.runs, problem.entries * layout.batch * layout.hidden),
+        (layout.runs, 2, layout.batch) if skip else (0,),
+        rows,
+        (sum(layout.parts()) if save else 0,),
+        (layout.runs, layout.steps, 3, layout.batch) if skip and save else (0,),
+        (0,),
+    ]
+
+
+def _matrix(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
+    """The weights over [h, x, 1] of all gates, (R, W, G, W) in fp16."""
+    of_x, of_h, bias = weights
+    hidden, below = layout.hidden, layout.hidden + layout.inputs
+    matrix = of_x.new_zeros(layout.runs, layout.width, layout.gates, layout.width, dtype=torch.float16)
+    by_gate = layout.runs, layout.gates, hidden, -1
+    matrix[:, :hidden, :, :hidden] = of_h.view(by_gate).permute(0, 3, 1, 2)
+    matrix[:, hidden:below, :, :hidden] = of_x.view(by_gate).permute(0, 3, 1, 2)
+    matrix[:, below, :, :hidden] = bias.view(by_gate[:3])
+    return matrix
+
+
+def _fragments(layout: Layout, matrix: Tensor, transposed: bool) -> Tensor:
+    """The matrix, or its transpose gate by gate, as the lanes hold it: operand B of mma.m16n8k16.
+
+    Its rows are split into 16s, and these into half, quad, pair; its columns into 16s, and these into octet and g.
+    """
+    runs, warps, gates = layout.runs, layout.warps, layout.gates
+    if transposed:
+        parts = matrix.view(runs, warps, 2, 8, gates, warps, 2, 4, 2)  # warp octet g, gate, k half quad pair
+        return parts.permute(0, 1, 4, 5, 2, 3, 7, 6, 8).contiguous()
+    parts = matrix.view(runs, warps, 2, 4, 2, gates, warps, 2, 8)  # k half quad pair, gate, warp octet g
+    return parts.permute(0, 6, 1, 5, 7, 8, 3, 2, 4).contiguous()
+
+
+def _skip_weights(layout: Layout, policy_weights: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    if layout.policy != "skip":
+        return {}
+    w_p, b_p = policy_weights
+    return {"w_p": torch.nn.functional.pad(w_p, (0, layout.width - layout.hidden)), "b_p": b_p.contiguous()}
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _split(layout: Layout, saved: Tensor) -> dict[str, Tensor | None]:
+    return dict(zip(("kept", "read", "reset"), saved.split(layout.parts()), strict=True))
+
+
+def forward(problem: Problem, save: bool) -> Outputs:
+    """skiprnn::recurrence of R runs at once."""
+    layout, x, entries = Layout.of(problem), problem.x, problem.entries
+    output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(size) for size in shapes(problem, save))
+    states = x.new_zeros(layout.runs, entries, layout.batch, layout.width)
+    for entry, given in enumerate(problem.states):
+        states[:, entry, :, : layout.hidden] = given
+    if layout.policy == "skip":
+        last_gate.copy_(torch.stack(list(problem.gate), 1))
+    tensors: dict[str, Tensor | None] = {
+        "x": x.contiguous(),
+        "draw": _contiguous(problem.draw),
+        "lengths": _contiguous(problem.lengths),
+        "weights": _fragments(layout, _matrix(layout, problem.weights), transposed=False),
+        "states": states,
+        "gate": last_gate,
+        "output": output,
+        "updates": updates,
+        "kept_gate": saved_gate,
+        **_skip_weights(layout, problem.policy_weights),
+        **(_split(layout, saved) if save else {}),
+    }
+    launch(layout, "forward", {"SAVE": int(save), "D_OUTPUT": 0}, tensors)
+    final = states[..., : layout.hidden].flatten(1)
+    return Outputs(output, final, last_gate, updates, saved, saved_gate, projected)
+
+
+def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
+    """skiprnn::recurrence_backward of R runs at once."""
+    layout, x, entries = Layout.of(problem), problem.x, problem.entries
+    hidden, below, skip = layout.hidden, layout.hidden + layout.inputs, layout.policy == "skip"
+    matrix = _matrix(layout, problem.weights)
+    d_states = x.new_zeros(layout.runs, entries, layout.batch, layout.width)
+    if arriving.final is not None:
+        d_states[..., :hidden] = arriving.final.view(layout.runs, entries, layout.batch, hidden)
+    d_gate = x.new_zeros(layout.runs, 2, layout.batch) if arriving.final_gate is None else arriving.final_gate.clone()
+    d_pre = x.new_empty(layout.runs, layout.steps * layout.batch, layout.gates * layout.width, dtype=torch.bfloat16)
+    d_w_p, d_b_p = x.new_empty(layout.runs, layout.tiles, layout.width), x.new_empty(layout.runs, layout.tiles)
+    kept = _split(layout, outputs.saved)
+    tensors: dict[str, Tensor | None] = {
+        "lengths": _contiguous(problem.lengths),
+        "weights": _fragments(layout, matrix, transposed=True),
+        "states": d_states,
+        "gate": d_gate,
+        "updates": outputs.updates,
+        "kept": kept["kept"],
+        "kept_gate": outputs.saved_gate,
+        "d_output": _contiguous(arriving.output),
+        "d_updates": _contiguous(arriving.updates),
+        "d_pre": d_pre,
+        "d_w_p": d_w_p,
+        "d_b_p": d_b_p,
+        **_skip_weights(layout, problem.policy_weights),
+    }
+    launch(layout, "backward", {"SAVE": 1, "D_OUTPUT": int(arriving.output is not None)}, tensors)
+    rows = layout.runs, layout.steps * layout.batch, layout.width
+    read, reset = (part.view(torch.bfloat16).view(rows) if part.numel() else None for part in (kept["read"], kept["reset"]))
+    if reset is None:
+        product = summed_product(read, d_pre)
+    else:
+        first, second = d_pre.split([2 * layout.width, layout.width], 2)
+        product = torch.cat([summed_product(read, first), summed_product(reset, second)], 2)
+    product = product.view(layout.runs, layout.width, layout.gates, layout.width)[..., :hidden].permute(0, 2, 3, 1)
+    d_weights = [product[..., hidden:below], product[..., :hidden], product[..., below]]
+    found = [d_states[:, entry, :, :hidden] for entry in range(entries)]
+    found += [part.flatten(1, 2) for part in d_weights]
+    if skip:
+        found += [*d_gate.unbind(1), d_w_p.sum(1)[:, :hidden], d_b_p.sum(1)]
+    d_x = x.new_empty(0)
+    if needs_input:
+        of_x = matrix[:, hidden:below].flatten(2).to(torch.bfloat16)
+        d_x = product_of(d_pre, of_x.mT).view(layout.runs, layout.steps, layout.batch, layout.inputs).transpose(1, 2)
+    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in (d_x, *found)]
+    return Gradients.of(own, problem)
+
+
+def product_of(left: Tensor, right: Tensor) -> Tensor:
+    """A product of bfloat16 matrices (R, ., .), summed in float32."""
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
+
+
+def summed_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows^T columns of (R, N, .), in pieces of N, for the GPU's processors to share: float32."""
+    runs, count, _ = rows.shape
+    pieces = next(number for number in range(PIECES, 0, -1) if count % number == 0)
+    left, right = (part.reshape(runs * pieces, count // pieces, part.shape[2]) for part in (rows, columns))
+    return product_of(left.mT, right).view(runs, pieces, left.shape[2], right.shape[2]).sum(1)
+
+
+KERNELS["cuda"] = Kernels(shapes, forward, backward)
