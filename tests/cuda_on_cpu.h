@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -101,30 +102,33 @@ struct Launch {
     const unsigned n = threads.size();
     warps.assign(n / WARP, Group{WARP});
     block = Group{n};
-    std::vector<unsigned> order(n);
     for (unsigned i = 0; i < n; ++i) {
-      order[i] = i;
       threads[i] = Thread();
       getcontext(&threads[i].context);
       threads[i].context.uc_stack.ss_sp = stacks + i * STACK;
       threads[i].context.uc_stack.ss_size = STACK;
       makecontext(&threads[i].context, run, 0);
     }
-    for (bool all = false; !all && error.empty();) {
-      bool progress = false;
+    std::vector<unsigned> order(n / WARP), lanes(WARP);
+    std::iota(order.begin(), order.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
+    for (bool progress = true; progress;) {
+      progress = false;
       if (random) std::shuffle(order.begin(), order.end(), *random);
-      all = true;
-      for (unsigned i : order) {
-        Thread& next = threads[i];
-        all &= next.ended;
-        if (next.ended || (next.waits && next.waits->passed < next.until)) continue;
-        progress = true;
-        threadIdx.x = i;
-        swapcontext(&scheduler, &next.context);
-        if (!error.empty()) return;
-      }
-      if (!all && !progress) error = stuck();
+      for (unsigned w : order)  // each as far as it gets before the next: a missing barrier shows
+        for (bool more = true; more;) {
+          more = false;
+          if (random) std::shuffle(lanes.begin(), lanes.end(), *random);
+          for (unsigned l : lanes) {
+            Thread& next = threads[threadIdx.x = w * WARP + l];
+            if (next.ended || (next.waits && next.waits->passed < next.until)) continue;
+            more = progress = true;
+            swapcontext(&scheduler, &next.context);
+            if (!error.empty()) return;
+          }
+        }
     }
+    if (!std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.ended; })) error = stuck();
   }
 };
 

@@ -1,10 +1,15 @@
-"""Runs the kernels of a .cu file on the CPU, thread by thread, by cuda_on_cpu.h: slow and deterministic."""
+"""Runs the kernels of a .cu file on the CPU, thread by thread, by cuda_on_cpu.h: slow and deterministic.
+
+And says what they take of a GPU once compiled for it.
+"""
 
 import ctypes
+import importlib.util
 import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from skiprnn.model.engines.native import build as native
 
@@ -28,8 +33,8 @@ class Library:
     ) -> None:
         """Run a kernel to its end; pointers in its arguments are to the CPU's memory.
 
-        Between two meetings, threads run one after another: as they are numbered, or shuffled by a seed `order` > 0. A
-        kernel without races computes the same in every order.
+        One warp after another goes as far as it gets without the others, in order, or shuffled by a seed `order` > 0,
+        its lanes too: a kernel without races computes the same in every order.
 
         Raises:
             RuntimeError: some threads wait for others in vain, call different primitives of the warp, or misuse one.
@@ -58,3 +63,22 @@ def build(source: Path, defines: Mapping[str, int], folder: Path) -> Library:
     if compiled.returncode:
         raise RuntimeError(compiled.stderr)
     return Library(library)
+
+
+class Resources(NamedTuple):
+    """What a kernel takes."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread: of what was spilled, and of arrays that are not in registers
+    shared: int  # bytes per block, with the 1024 that the system takes from sm_90 on
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, Resources]:
+    """What each kernel takes, as the tools that come with Triton tell."""
+    file = folder / "kernels.cubin"
+    file.write_bytes(cubin)
+    (triton,) = importlib.util.find_spec("triton").submodule_search_locations
+    command = [Path(triton) / "backends" / "nvidia" / "bin" / "cuobjdump", "-res-usage", file]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", told)
+    return {name: Resources(*map(int, numbers)) for name, *numbers in found}

@@ -58,7 +58,7 @@ def cubin(source: str, defines: Mapping[str, int], arch: str) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             _compile(nvrtc.nvrtcGetProgramLog(program, log))
             if errors := [line for line in log.value.decode(errors="replace").splitlines() if "error" in line]:
-                raise RuntimeError(f"NVRTC: {errors[0]}")
+                raise RuntimeError(f"NVRTC, for {arch}: {errors[0]}")
             _compile(failed)
         _compile(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         code = ctypes.create_string_buffer(size.value)
