@@ -66,12 +66,14 @@ KEEP = (
 extern "C" __global__ void __launch_bounds__(1024, 2) keep(Arguments a) {
   __shared__ float shared[SHARED];
   float r[COUNT];
+#pragma unroll
   for (int i = 0; i < COUNT; ++i) r[i] = a.x[threadIdx.x + i];
   for (int k = 0; k < a.fault; ++k) {
     shared[threadIdx.x] = r[k % 2];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) r[i] = r[i] * r[(i + 7) % COUNT] + shared[k];
   }
+#pragma unroll
   for (int i = 0; i < COUNT; ++i) a.product[threadIdx.x + i] = r[i];
 }
 """
@@ -184,8 +186,8 @@ def test_what_a_kernel_takes_is_told(tmp_path):
         code = nvrtc.cubin(KEEP, {"COUNT": count, "SHARED": shared}, "sm_80")
         return cuda_on_cpu.resources(code, tmp_path)["keep"]
 
-    few, many = taken(20, 256), taken(100, 1024)  # of 32 registers
-    assert 20 < few.registers <= many.registers <= 32
+    few, many = taken(8, 256), taken(100, 1024)  # floats in 32 registers
+    assert 8 < few.registers <= many.registers <= 32
     assert few.stack == 0
     assert many.stack >= 4 * (100 - 32)
     assert (few.shared, many.shared) == (4 * 256, 4 * 1024)
