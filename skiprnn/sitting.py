@@ -53,7 +53,7 @@ def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
 
 def candidates(device: torch.device) -> list[str]:
     """Engines that a step of all runs may take."""
-    return ["triton", "batched", "fused"] if device.type == "cuda" else ["batched"]
+    return ["cuda", "triton", "batched", "fused"] if device.type == "cuda" else ["batched"]
 
 
 def measure(runs: Sequence[RunConfig], steps: int) -> float:

@@ -49,7 +49,8 @@ VARIANTS = [Variant(cell.name, policy.name, layers) for cell, policy, layers in 
 
 def place(device: str) -> dict[str, str]:
     """What a verdict is of."""
-    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+    sources = [file for kind in ("*.py", "*.cu") for file in sorted(Path(__file__).parent.rglob(kind))]
+    code = b"".join(file.read_bytes() for file in sources)
     found = {"torch": torch.__version__, "code": hashlib.sha256(code).hexdigest()[:16], "device": device}
     try:
         found["triton"] = version("triton")

@@ -27,9 +27,10 @@ def _driver() -> ctypes.CDLL:
 
 
 def missing() -> str | None:
-    """Why there is no NVRTC or driver; None if both are here."""
+    """Why there is no NVRTC or no driver; None if both are here."""
     try:
-        _compiler(), _driver()
+        _compiler()
+        _driver()
     except RuntimeError as error:
         return str(error)
     return None
