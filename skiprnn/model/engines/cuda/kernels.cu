@@ -101,6 +101,15 @@ constexpr int KEPT_C = 4, KEPT_H = LSTM ? 6 : 3, KEPT = LSTM ? (SKIPS ? 7 : 6) :
 
 __device__ __forceinline__ float sigmoid(float x) { return rcp(1 + ex2(-1.4426950408889634f * x)); }
 __device__ __forceinline__ float tanh_of(float x) { return 2 * rcp(1 + ex2(-2.8853900817779268f * x)) - 1; }
+// Pre-activations of i, j, f, o -> sigmoid, tanh, sigmoid, sigmoid, by one reciprocal, of which a GPU makes few: with
+// x' = exp(-x), or exp(-2 x) of j, each is a quotient by 1 + x'. Bounded, for the product of the four must not overflow.
+__device__ __forceinline__ void lstm_gates(float (&a)[4]) {
+    constexpr float LOG2_E = 1.4426950408889634f, BOUND = 30;
+    float i = 1 + ex2(fminf(-LOG2_E * a[0], BOUND)), f = 1 + ex2(fminf(-LOG2_E * a[2], BOUND));
+    float o = 1 + ex2(fminf(-LOG2_E * a[3], BOUND)), of_j = ex2(fminf(-2 * LOG2_E * a[1], BOUND)), j = 1 + of_j;
+    float ij = i * j, fo = f * o, inverse = rcp(ij * fo), inverse_ij = inverse * fo, inverse_fo = inverse * ij;
+    a[0] = j * inverse_ij, a[1] = (1 - of_j) * i * inverse_ij, a[2] = o * inverse_fo, a[3] = f * inverse_fo;
+}
 __device__ __forceinline__ float half_at(const u32x4& four, int n, int e) {
     u32 packed = four.at[2 * n + (e >> 1)];
     return e & 1 ? half_hi(packed) : half_lo(packed);
@@ -331,8 +340,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
                 if (SAVE) *reinterpret_cast<f32x4*>(kept + (KEPT_C + n) * THREADS) = {c[n][0], c[n][1], c[n][2], c[n][3]};
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    float i = sigmoid(pre[n][e]), j = tanh_of(pre[2 + n][e]), f = sigmoid(pre[4 + n][e]);
-                    float o = sigmoid(pre[2 * (G - 1) + n][e]);
+                    float of_step[4] = {pre[n][e], pre[2 + n][e], pre[4 + n][e], pre[2 * (G - 1) + n][e]};
+                    lstm_gates(of_step);
+                    float i = of_step[0], j = of_step[1], f = of_step[2], o = of_step[3];
                     float c_new = c[n][e] * f + i * j, h_new = tanh_of(c_new) * o;
                     gates[0][n][e] = i, gates[1][n][e] = j, gates[2][n][e] = f, gates[G - 1][n][e] = o;
                     if (SKIPS) logit[e >> 1] += c_new * w_p[n][e & 1];
