@@ -3,8 +3,8 @@
 import functools
 
 import pytest
-
 from cuda_on_cpu import build
+
 from skiprnn.model.engines import contact, trial
 from skiprnn.model.engines.cuda import nvrtc, operator
 

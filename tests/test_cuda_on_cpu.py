@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(64, 1) multiply(const Arguments p) 
   if (threadIdx.x < 32) return;
   u32 fa[4], fb[4];
   float d[4] = {1, 1, 1, 1};
+  if (p.fault == 5 && threadIdx.x >= 48) shuffle_xor(0, 1);
   ldsm(fa, reinterpret_cast<const char*>(&a[l % 16][l / 16 * 4]) + (p.fault == 4 ? 8 : 0));
   ldsm(fb, &b[l % 8][l / 8 % 2 * 4]);
   mma(d, fa, fb[0], fb[1]);
@@ -146,6 +147,7 @@ def test_numbers_are_rounded_as_torch_rounds_them(library):
         (1, r"multiply: block \(0, 0\): thread 0 waits in barrier with 63 of 64; thread 5 has ended"),
         (2, r"block \(0, 0\): thread 0 waits in shuffle_xor with 16 of 32; thread 16 waits in barrier"),
         (4, r"block \(0, 0\): thread 63 calls ldsm with a row that is not aligned to 16 bytes"),
+        (5, r"block \(0, 0\): thread 32 calls ldsm where others of its warp call shuffle_xor"),
     ],
 )
 def test_what_would_hang_or_fault_is_an_error(library, fault, message):
@@ -174,7 +176,8 @@ needs_nvrtc = pytest.mark.skipif(torch.version.cuda is None, reason="torch witho
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvrtc_compiles_for_a_gpu_that_is_not_here(arch):
-    code = nvrtc.cubin(COPY, {"COUNT": 64}, arch)
+    check = "#if __CUDA_ARCH__ != ARCH || __cplusplus != 201703\n#error not what was asked\n#endif\n"
+    code = nvrtc.cubin(COPY + check, {"COUNT": 64, "ARCH": int(arch[3:]) * 10}, arch)
     assert code.startswith(b"\x7fELF")
     assert b".text.copy" in code
 

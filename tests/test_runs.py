@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -269,6 +270,33 @@ def test_a_record_names_every_commit_that_trained_the_run(small_run, monkeypatch
     record = trained(run)
     assert record["commits"] == versions
     assert record["git"] == versions[1]
+
+
+def test_a_record_names_every_place_that_trained_the_run(small_run, monkeypatch):
+    run = small_run("training.epochs=3")
+    end = RunKeeper.on_train_epoch_end
+
+    def end_and_stop(self, trainer, module):
+        end(self, trainer, module)
+        if trainer.current_epoch < 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunKeeper, "on_train_epoch_end", end_and_stop)
+    engines = ["native", "reference", "reference"]
+    for engine in engines[:2]:
+        with pytest.raises(KeyboardInterrupt):
+            trained(replace(run, engine=engine))
+    record = trained(replace(run, engine=engines[2]))
+    assert [place["engine"] for place in record["places"]] == ["native", "reference"]
+    assert record["engine"] == "reference"
+
+
+def test_what_lightning_takes_from_a_device_is_brought_back(small_run):
+    """Lightning moves what it has trained to the CPU; a record is then made where the data are."""
+    module = job.make_module(small_run())
+    module.data.device = torch.device("meta")  # stands for a GPU
+    job.fit(SimpleNamespace(fit=lambda runs: runs.to("cpu")), SideBySide([module]))
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

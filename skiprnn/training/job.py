@@ -374,6 +374,8 @@ def fit(trainer: lightning.Trainer, runs: SideBySide) -> None:
         trainer.fit(runs)
     except SystemExit:
         raise KeyboardInterrupt from None
+    for run in runs.runs:  # Lightning has left the GPU
+        run.to(run.device)
 
 
 def make_record(keeper: RunKeeper) -> dict[str, Any]:
@@ -407,4 +409,5 @@ def make_record(keeper: RunKeeper) -> dict[str, Any]:
         "examples_per_second": keeper.trained["examples"] / keeper.trained["seconds"],
         "completed": datetime.now(UTC).isoformat(timespec="seconds"),
         "commits": keeper.commits,
+        "places": keeper.places,
     } | provenance.describe(module.device, module.engine)

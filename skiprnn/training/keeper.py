@@ -65,7 +65,7 @@ class RunKeeper(lightning.Callback):
         quiet: tell nothing, for there is a progress bar.
     """
 
-    KEPT = ("best", "final", "seconds", "trained", "commits")  # in the checkpoint
+    KEPT = ("best", "final", "seconds", "trained", "commits", "places")  # in the checkpoint
 
     def __init__(self, folder: RunFolder, module: SequenceModule, loggers: Sequence[Logger], quiet: bool):
         self.folder, self.module, self.loggers, self.quiet = folder, module, loggers, quiet
@@ -74,6 +74,7 @@ class RunKeeper(lightning.Callback):
         self.seconds = 0.0
         self.trained = {"examples": 0, "seconds": 0.0}
         self.commits: list[dict[str, Any] | None] = [provenance.code_version()]  # that trained it, one after the other
+        self.places: list[dict[str, Any]] = []  # and where
         self.started = self.told = time.perf_counter()
         self.train_seconds = self.started_cpu = 0.0
         self.spent = (0.0, 0.0)  # seconds and CPU seconds on this epoch, by an earlier process
@@ -85,7 +86,7 @@ class RunKeeper(lightning.Callback):
         if within_epoch:
             self.spent, self.module.begun = within_epoch["spent"], within_epoch
         for name in self.KEPT:
-            setattr(self, name, kept.get(name, []))  # older checkpoints name no commits
+            setattr(self, name, kept.get(name, []))  # older checkpoints name no commits and places
         if (now := provenance.code_version()) not in self.commits[-1:]:
             self.commits = [*self.commits, now]
 
@@ -126,6 +127,8 @@ class RunKeeper(lightning.Callback):
             self.best = self.final
             weights = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
             self.better = {"epoch": epoch, "state_dict": weights}
+        if (here := provenance.place(self.module.device, self.module.engine)) not in self.places[-1:]:
+            self.places = [*self.places, here]
         self.unwritten += 1
         self.module.batches = 0
         if module.due:

@@ -48,6 +48,12 @@ def code_version() -> dict[str, Any] | None:
         return None
 
 
+def place(device: torch.device, engine: str) -> dict[str, Any]:
+    """The device's name, and the engine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    return {"device": name, "engine": engine}
+
+
 def describe(device: torch.device, engine: str) -> dict[str, Any]:
     """Of a result computed now by this process: code, versions, machine.
 
@@ -55,11 +61,13 @@ def describe(device: torch.device, engine: str) -> dict[str, Any]:
     """
     on_gpu = device.type == "cuda"
     precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return ({"checked": contact.place("cuda"), "products": precision} if on_gpu else {}) | {
-        "git": code_version(),
-        "versions": {"python": platform.python_version(), "skiprnn": __version__}
-        | {name: version(name) for name in RECORDED_PACKAGES},
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "engine": engine,
-    }
+    return (
+        ({"checked": contact.place("cuda"), "products": precision} if on_gpu else {})
+        | {
+            "git": code_version(),
+            "versions": {"python": platform.python_version(), "skiprnn": __version__}
+            | {name: version(name) for name in RECORDED_PACKAGES},
+            "threads": torch.get_num_threads(),
+        }
+        | place(device, engine)
+    )

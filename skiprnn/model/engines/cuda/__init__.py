@@ -1,8 +1,8 @@
 """The engine for NVIDIA's GPUs: the whole time loop in one CUDA kernel per pass, its weights in registers.
 
-One layer of an LSTM or GRU that always, at random or by Skip's gate updates, [h, x, 1] of at most 128 columns, float32.
-Recurrent products are of fp16 operands, which have tf32's mantissa, those of the weights' gradients of bfloat16; all are
-summed in float32. Where torch.backends.cudnn.rnn.fp32_precision is "ieee" it does not serve.
+LSTM and GRU that update always, at random or by Skip's gate (then in one layer), float32, H + I + 1 <= 128. Recurrent
+products are of fp16 operands, which have tf32's mantissa, those of the weights' gradients of bfloat16; all are summed
+in float32. Where torch.backends.cudnn.rnn.fp32_precision is "ieee" it does not serve.
 """
 
 from collections.abc import Sequence

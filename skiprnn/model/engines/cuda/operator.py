@@ -4,7 +4,7 @@ Every tensor has a leading dimension R, the runs that share a launch. Other shap
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,10 @@ SIZES = "B T"
 class Arguments(ctypes.Structure):
     """As in kernels.cu."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS.split()), *((name, ctypes.c_int) for name in SIZES.split())]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS.split()),
+        *((name, ctypes.c_int) for name in SIZES.split()),
+    ]
 
 
 class Layout(NamedTuple):
@@ -45,7 +48,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
-        return cls(*problem.x.shape, problem.hidden[0], problem.cell, problem.policy)
+        runs, batch, steps, inputs = problem.x.shape
+        return cls(runs, batch, steps, inputs, problem.hidden[0], problem.cell, problem.policy)
 
     @property
     def gates(self) -> int:
@@ -71,6 +75,10 @@ class Layout(NamedTuple):
         kept = 4 if self.cell == "gru" else 7 if self.policy == "skip" else 6
         lanes = self.runs * self.steps * self.tiles * 32 * self.warps
         return [4 * kept * lanes, rows, rows if self.cell == "gru" else 0]
+
+    def rows(self, part: Tensor) -> Tensor:
+        """What a step reads, of all steps and sequences: (R, T B, W) bfloat16."""
+        return part.view(torch.bfloat16).view(self.runs, self.steps * self.batch, self.width)
 
     def defines(self, **more: int) -> dict[str, int]:
         """The macros that the kernels are compiled with."""
@@ -144,7 +152,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _split(layout: Layout, saved: Tensor) -> dict[str, Tensor | None]:
+def _split(layout: Layout, saved: Tensor) -> dict[str, Tensor]:
     return dict(zip(("kept", "read", "reset"), saved.split(layout.parts()), strict=True))
 
 
@@ -179,6 +187,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     """skiprnn::recurrence_backward of R runs at once."""
     layout, x, entries = Layout.of(problem), problem.x, problem.entries
     hidden, below, skip = layout.hidden, layout.hidden + layout.inputs, layout.policy == "skip"
+    left = 4 if layout.cell == "lstm" else 2  # gates that read [h, x, 1]
     matrix = _matrix(layout, problem.weights)
     d_states = x.new_zeros(layout.runs, entries, layout.batch, layout.width)
     if arriving.final is not None:
@@ -203,13 +212,11 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         **_skip_weights(layout, problem.policy_weights),
     }
     launch(layout, "backward", {"SAVE": 1, "D_OUTPUT": int(arriving.output is not None)}, tensors)
-    rows = layout.runs, layout.steps * layout.batch, layout.width
-    read, reset = (part.view(torch.bfloat16).view(rows) if part.numel() else None for part in (kept["read"], kept["reset"]))
-    if reset is None:
-        product = summed_product(read, d_pre)
-    else:
-        first, second = d_pre.split([2 * layout.width, layout.width], 2)
-        product = torch.cat([summed_product(read, first), summed_product(reset, second)], 2)
+    first, second = d_pre.split([left * layout.width, d_pre.shape[2] - left * layout.width], 2)
+    products = [summed_product(layout.rows(kept["read"]), first)]
+    if kept["reset"].numel():
+        products.append(summed_product(layout.rows(kept["reset"]), second))
+    product = torch.cat(products, 2)
     product = product.view(layout.runs, layout.width, layout.gates, layout.width)[..., :hidden].permute(0, 2, 3, 1)
     d_weights = [product[..., hidden:below], product[..., :hidden], product[..., below]]
     found = [d_states[:, entry, :, :hidden] for entry in range(entries)]
