@@ -6,6 +6,7 @@
 `plan` writes what is to be trained, in FOLDER, and needs Hydra. `train` does not: it checks the engines, times those
 that are right, takes the fastest for each model, trains until the time is up, and puts the run folders into OUT, an
 archive for each row (tar). Unpacked in FOLDER, here or elsewhere, the same command goes on; so does skiprnn.train.
+With --engine NAME, of `plan` or `train`, that engine is checked and taken, and none is timed.
 FOLDER/sitting.json keeps what was measured. If the sweep would take longer than --budget minutes, all its runs have
 fewer epochs, decided before they begin.
 """
@@ -20,6 +21,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,7 @@ from skiprnn.training.module import SideBySide, architecture
 
 RESERVE = 30.0  # seconds for the last checkpoints and the archives
 STEPS = 4  # of training that are timed, after two that warm up and record
+HOPELESS = 2.0  # an engine that takes so many times the fastest's seconds for the first model is timed for no other
 
 
 def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
@@ -52,7 +55,7 @@ def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
 
 
 def candidates(device: torch.device) -> list[str]:
-    """Engines that a step of all runs may take."""
+    """Engines that a step of all runs may take; those first that are likely to be fast."""
     return ["cuda", "triton", "batched", "fused"] if device.type == "cuda" else ["batched"]
 
 
@@ -98,24 +101,30 @@ class Sitting:
     Args:
         folder: of run folders and plan.
         data_root, device: as in a run's config.
+        engine: for all runs, in this sitting and later ones; "auto": the fastest again.
     """
 
-    def __init__(self, folder: Path, data_root: str = "data", device: str = "auto"):
+    def __init__(self, folder: Path, data_root: str = "data", device: str = "auto", engine: str | None = None):
         self.folder, self.file = folder, folder / "sitting.json"
         self.place = ["--data-root", data_root, "--device", device]
-        self.runs = planned(folder, data_root, device)
-        self.device = job.device_of(self.runs[0])
         self.known: dict[str, Any] = json.loads(self.file.read_bytes()) if self.file.exists() else {}
+        named = engine or self.known.get("engine", "auto")
+        self.runs = [replace(run, engine=named) for run in planned(folder, data_root, device)]
+        self.device = job.device_of(self.runs[0])
+        if engine:
+            self.keep(engine=engine)
 
     def chosen(self) -> list[RunConfig]:
-        """The runs, shortened alike if need be, each with the engine that was the fastest."""
+        """The runs, shortened alike if need be, each with the engine that is named or was the fastest."""
         epochs = self.known.get("epochs", self.runs[0].training.epochs)
         return [
             replace(run, engine=self.fastest(run), training=replace(run.training, epochs=epochs)) for run in self.runs
         ]
 
     def fastest(self, run: RunConfig) -> str:
-        """The engine for a run; "auto" where none was timed."""
+        """The engine for a run; "auto" where none is named and none was timed."""
+        if run.engine != "auto":
+            return run.engine
         times = self.known.get("seconds", {}).get(architecture(run), {})
         return min(times, key=times.__getitem__) if times else "auto"
 
@@ -124,12 +133,13 @@ class Sitting:
         self.known |= more
         write_atomically(self.file, json.dumps(self.known, indent=2).encode())
 
-    def child(self, *arguments: str, seconds: float) -> tuple[int, list[dict[str, Any]]]:
+    def child(self, name: str, *options: str, seconds: float) -> tuple[int, list[dict[str, Any]]]:
         """Run this module in a process of its own, which is told to end when the time is up: status, lines of JSON."""
-        command = [sys.executable, "-m", "skiprnn.sitting", *arguments, str(self.folder), *self.place]
+        command = [sys.executable, "-m", "skiprnn.sitting", name, str(self.folder), *self.place, *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
         ending = threading.Timer(max(seconds, 0.0), process.send_signal, [signal.SIGTERM])
-        killing = threading.Timer(max(seconds, 0.0) + RESERVE / 2, process.kill)
+        # with what it has started, which may hold the pipe
+        killing = threading.Timer(max(seconds, 0.0) + RESERVE / 2, os.killpg, [process.pid, signal.SIGKILL])
         ending.start()
         killing.start()
         found = []
@@ -147,21 +157,44 @@ class Sitting:
         return status, found
 
     def choose(self, left: Callable[[], float]) -> None:
-        """Check the engines and time those that are right, unless that was done on such a machine."""
+        """Check the engines and time those that are right, unless that was done on such a machine.
+
+        Raises:
+            ConfigError: an engine that is named is not right for its run.
+        """
         where = contact.place(self.device.type)
-        if self.known.get("place") == where and self.known.get("seconds"):
+        named = self.runs[0].engine
+        if named == "auto" and self.known.get("place") == where and self.known.get("seconds"):
             return
+        engines = candidates(self.device) if named == "auto" else [named]
+        variants = sorted({variant_of(run) for run in self.runs})
+        most = min(contact.SECONDS, left() / 6)
+        with ThreadPoolExecutor(len(engines)) as pool:
+            checks = pool.map(lambda engine: contact.verdict(engine, self.device.type, variants, most), engines)
+            found = dict(zip(engines, checks, strict=True))
+        if named != "auto":
+            for tested, error in found[named].items():
+                if wrong := contact.reason(error):
+                    raise ConfigError(f"--engine {named} for {tested}: {wrong}; --engine auto takes what is right")
+            return
+        engines = [engine for engine in engines if not all(map(contact.reason, found[engine].values()))]
         seconds: dict[str, dict[str, float]] = {}
         torch_seconds: dict[str, float] = {}
-        for engine in candidates(self.device):
-            variants = sorted({variant_of(run) for run in self.runs})
-            contact.verdict(engine, self.device.type, variants, min(contact.SECONDS, left() / 6))
-            for line in self.child("time", "--engine", engine, seconds=left() / 4)[1]:
+        while engines:
+            begun = None
+            status, lines = self.child("time", "--of", *engines, seconds=left() / 4)
+            for line in lines:
                 if "torch" in line:
                     torch_seconds[line["torch"]] = line["seconds"]
+                elif "row" in line:
+                    seconds.setdefault(line["row"], {})[line["engine"]] = line["seconds"]
                 else:
-                    seconds.setdefault(line["row"], {})[engine] = line["seconds"]
-                print(json.dumps(line | {"engine": engine}), flush=True)
+                    begun = line["engine"]
+                    continue
+                print(json.dumps(line), flush=True)
+            if status == 0 or begun is None:
+                break
+            engines.remove(begun)  # it brought all down, or took too long
         self.keep(place=where, seconds=seconds, torch=torch_seconds)
 
     def shorten(self, minutes: float, left: Callable[[], float]) -> None:
@@ -172,7 +205,7 @@ class Sitting:
         """
         if "epochs" in self.known:
             return
-        lines = self.child("time", "--engine", "chosen", seconds=left() / 2)[1]
+        lines = self.child("time", seconds=left() / 2)[1]
         if not lines:
             raise ConfigError("a step of all runs could not be timed: give more --minutes, or no --budget")
         (line,) = lines
@@ -219,30 +252,43 @@ def variant_of(run: RunConfig) -> contact.Variant:
     return contact.variant(run.model.cell, run.model.policy, run.model.num_layers)
 
 
-def timed(sitting: Sitting, engine: str) -> None:
-    """Print seconds of a training step: of each row's runs by an engine where it is right, and torch's; or of all."""
-    if engine == "chosen":
+def timed(sitting: Sitting, engines: Sequence[str]) -> None:
+    """Print seconds of a training step: of each row's runs by each engine where it is right, and torch's.
+
+    Without engines: of all runs, by those that are chosen."""
+    if not engines:
         print(json.dumps({"row": "all", "seconds": measure(sitting.chosen(), STEPS)}), flush=True)
         return
     rows: dict[str, list[RunConfig]] = {}
     for run in sitting.runs:
-        rows.setdefault(architecture(run), []).append(replace(run, engine=engine))
-    for runs in rows.values():
+        rows.setdefault(architecture(run), []).append(run)
+    engines, timed_torch = list(engines), set()
+    for row, runs in rows.items():
         model, tested = runs[0].model, variant_of(runs[0])
-        if wrong := contact.reason(contact.verdict(engine, sitting.device.type, [tested])[tested]):
-            print(f"{engine} is not used for {model.name}: {wrong}", flush=True)
-            continue
-        try:
-            print(json.dumps({"row": architecture(runs[0]), "seconds": measure(runs, STEPS)}), flush=True)
-        except (RuntimeError, ConfigError) as error:  # out of memory, a shape that the engine does not serve
-            print(f"{engine} is not used for {model.name}: {str(error).splitlines()[0]}", flush=True)
-        if model.policy == "always":
+        taken: dict[str, float] = {}
+        for engine in engines:
+            known = contact.verdict(engine, sitting.device.type, [tested], 0.0)  # what is not known now is not right
+            wrong = contact.reason(known[tested])
+            if not wrong:
+                print(json.dumps({"engine": engine}), flush=True)
+                try:
+                    taken[engine] = measure([replace(run, engine=engine) for run in runs], STEPS)
+                    print(json.dumps({"engine": engine, "row": row, "seconds": taken[engine]}), flush=True)
+                except (RuntimeError, ConfigError) as error:  # out of memory, a shape that the engine does not serve
+                    wrong = str(error).splitlines()[0]
+            if wrong:
+                print(f"{engine} is not used for {model.name}: {wrong}", flush=True)
+        if taken and row == next(iter(rows)):
+            most = HOPELESS * min(taken.values())
+            engines = [engine for engine in engines if taken.get(engine, 0.0) < most]
+        if model.policy == "always" and model.cell not in timed_torch:
+            timed_torch.add(model.cell)
             print(json.dumps({"torch": model.cell, "seconds": measure_torch(runs[0], STEPS)}), flush=True)
 
 
 def train(sitting: Sitting, minutes: float, budget: float | None, out: Path | None) -> None:
     """One sitting."""
-    start = time.monotonic()
+    start = time.monotonic() - time.process_time()  # imports count
 
     def left() -> float:
         return 60 * minutes - RESERVE - (time.monotonic() - start)
@@ -272,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--archive", type=Path, help="folder for what is to be brought back")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help="for all runs, in place of the fastest for each")
+    parser.add_argument("--of", nargs="*", default=[], help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     job.quieten()
     os.environ.setdefault("SKIPRNN_CACHE", str(given.folder.absolute() / "cache"))
@@ -281,13 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             experiment, runs, _ = plan.requested([*given.overrides, f"output={given.folder}"])
             plan.save_plan(experiment, " ".join(given.overrides), runs)
             print(f"{len(runs)} runs planned in {given.folder}")
-            return
-        sitting = Sitting(given.folder, given.data_root, given.device)
+        sitting = Sitting(given.folder, given.data_root, given.device, given.engine)
         if given.command == "train":
             train(sitting, given.minutes, given.budget, given.archive)
         elif given.command == "time":
-            timed(sitting, given.engine)
-        else:
+            timed(sitting, given.of)
+        elif given.command == "run":
             job.train(sitting.chosen())
     except job.USER_ERRORS as error:
         sys.exit(f"error: {error}")

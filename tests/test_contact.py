@@ -109,13 +109,15 @@ def test_auto_takes_what_is_right_on_a_gpu(monkeypatch):
     """On one that is not there."""
     wrong: set[str] = set()
     monkeypatch.setattr(contact, "refused", lambda engine, *_: "it differs" if engine in wrong else None)
-    monkeypatch.setattr(engines.triton, "unsupported", lambda *_: None)
+    for engine in (engines.cuda, engines.triton):
+        monkeypatch.setattr(engine, "unsupported", lambda *_: None)
     engines._say_once.cache_clear()
     rnn = Recurrent("lstm", "skip", 8, 110)
     with FakeTensorMode():
         x = torch.empty(32, 25, 8, device="cuda")
-    assert engines.choose("auto", rnn.cells, rnn.policy, x) == "triton"
-    wrong.add("triton")
+    for engine in ("cuda", "triton"):
+        assert engines.choose("auto", rnn.cells, rnn.policy, x) == engine
+        wrong.add(engine)
     with pytest.warns(UserWarning, match="triton engine is not used on cuda for lstm and skip: it differs"):
         assert engines.choose("auto", rnn.cells, rnn.policy, x) == "batched"
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Data sets against facts known from elsewhere: published counts and checksums, closed forms, examples seen by hand."""
 
 import gzip
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,7 +15,18 @@ import torch
 from sklearn.datasets import load_digits
 
 from skiprnn.data.adding import Adding
-from skiprnn.data.base import MIRROR, Batches, DataError, SequenceData, Split, StoredData, replacing, seeded
+from skiprnn.data.base import (
+    MIRROR,
+    Batches,
+    DataError,
+    SequenceData,
+    Source,
+    Split,
+    StoredData,
+    fetch,
+    replacing,
+    seeded,
+)
 from skiprnn.data.digits import SequentialDigits
 from skiprnn.data.frequency import FrequencyDiscrimination
 from skiprnn.data.mnist import SequentialMNIST
@@ -106,9 +118,35 @@ def test_a_batch_keeps_inputs_targets_and_lengths_together():
     assert lengths.tolist() == [3, 1]
 
 
-def test_runs_in_one_process_share_the_tensors():
-    first, second = loaded(SequentialDigits(batch_size=8, seed=1)), loaded(SequentialDigits(batch_size=64, seed=2))
-    assert first.splits["train"].inputs is second.splits["train"].inputs
+def test_runs_in_one_process_share_what_was_read(monkeypatch):
+    """Read once, held once; each seed's order is what it is alone."""
+    orders, reads = {}, []
+    for seed in (0, 1):
+        monkeypatch.setattr(StoredData, "_loaded", {})
+        orders[seed] = joined(loaded(Rows(batch_size=4, seed=seed)).training_batches(0))[1].tolist()
+    monkeypatch.setattr(StoredData, "_loaded", {})
+    read = Rows.read
+    monkeypatch.setattr(Rows, "read", lambda self: reads.append(self) or read(self))
+    together = [loaded(Rows(batch_size=4, seed=seed)) for seed in (0, 1)]
+    assert len(reads) == 1
+    assert together[0].splits["train"].inputs is together[1].splits["train"].inputs
+    assert {data.seed: joined(data.training_batches(0))[1].tolist() for data in together} == orders
+    assert orders[0] != orders[1]
+
+
+def test_a_file_is_read_for_its_checksum_once_while_it_is_the_same(tmp_path, monkeypatch):
+    path, digests = tmp_path / "file", []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: digests.append(given) or digest(*given))
+    path.write_bytes(b"as published")
+    source = Source("file", hashlib.md5(b"as published").hexdigest())
+    for _ in range(3):
+        assert fetch(tmp_path, source) == path
+    assert len(digests) == 1
+    path.write_bytes(b"AS PUBLISHED")  # no longer, and as long
+    for _ in range(2):
+        with pytest.raises(DataError, match="corrupt"):
+            fetch(tmp_path, source)
 
 
 @pytest.mark.parametrize(

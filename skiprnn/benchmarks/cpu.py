@@ -37,7 +37,7 @@ def onnx_model(module: nn.LSTM | nn.GRU) -> bytes:
         names = [f"{name}.{layer}" for name in ("W", "R", "B")]
         for name, tensor in zip(names, (w, r, torch.cat(biases)), strict=True):
             constants.append(helper.make_tensor(name, TensorProto.FLOAT, (1, *tensor.shape), tensor.flatten().tolist()))
-        options = {"linear_before_reset": 1} if operator == "GRU" else {}
+        options: dict[str, Any] = {"linear_before_reset": 1} if operator == "GRU" else {}
         nodes.append(helper.make_node(operator, [below, *names], [f"Y.{layer}"], hidden_size=size, **options))
         below = f"output.{layer}" if layer + 1 < module.num_layers else "output"
         nodes.append(helper.make_node("Squeeze", [f"Y.{layer}", "axis"], [below]))

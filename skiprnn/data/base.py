@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -323,11 +324,18 @@ def verify(path: Path, file: Source, remedy: str) -> None:
     """
     if file.md5 is None:
         return
-    with path.open("rb") as content:
-        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    there = path.stat()
+    found = _md5(path.resolve(), there.st_ino, there.st_size, there.st_ctime_ns)
     if found != file.md5:
-        size = path.stat().st_size
+        size = there.st_size
         raise DataError(f"{file.name} is corrupt or truncated ({size} bytes, MD5 {found}, not {file.md5}); {remedy}")
+
+
+@cache
+def _md5(path: Path, *state: int) -> str:
+    """Of the file that is there, read once for all runs of this process while its state is the same."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def place(device: str) -> dict[str, str]:
     return found
 
 
+@cache  # a run of nvidia-smi takes up to seconds
 def _driver() -> str:
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

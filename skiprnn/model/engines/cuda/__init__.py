@@ -28,9 +28,11 @@ def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
         return f"it computes in float32; x is {x.dtype}"
     if torch.backends.cudnn.rnn.fp32_precision == "ieee":  # type: ignore[attr-defined]
         return "it has tf32's precision; torch.backends.cudnn.rnn.fp32_precision is 'ieee'"
+    if reason := unknown(cells, policy) or unfit(cells, policy) or nvrtc.missing():
+        return reason
     if torch.cuda.get_device_capability(x.device) < CAPABILITY:
         return f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
-    return unknown(cells, policy) or unfit(cells, policy) or nvrtc.missing()
+    return None
 
 
 def unfit(cells: Sequence[Cell], policy: Policy) -> str | None:
