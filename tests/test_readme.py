@@ -76,7 +76,7 @@ def test_the_first_page_is_short_and_leads_to_the_others():
 
 
 def test_the_table_is_the_published_one():
-    assert (ROOT / "results" / "table1" / "table.md").read_text().split("\n\n")[0] in README
+    assert (ROOT / "results" / "table1-paper" / "table.md").read_text().split("\n\n")[0] in README
 
 
 def test_commands_that_pages_name_exist():
