@@ -20,7 +20,7 @@ SWEEPS := $(addprefix sweep-,mnist digits adding)
 SWEEP = experiment=sweep_$* profile=$*/$(if $(filter mnist,$*),$(PROFILE),sweep) rows=null $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard claims verify-table1 bench test test-wheel lint
+.PHONY: help install quickstart $(TABLES) reproduce-all $(SWEEPS) figures dashboard claims verify-table1 bench docs test test-wheel lint
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
@@ -74,6 +74,11 @@ verify-table1: install  ## evaluate the published MNIST checkpoints on the CPU, 
 
 bench: install  ## time the engines against torch.nn; ARGS=--quick for minutes
 	$(RUN) -m skiprnn.bench $(ARGS)
+
+# torch.Tensor gives another module than its file as its own, so pdoc does not find one of its annotations
+docs: install  ## outputs/api/skiprnn.html: the API page, from the docstrings
+	$(RUN) -W "ignore:Cannot determine where skiprnn.GatedState._is_param" \
+		-m pdoc --docformat google --no-show-source --output-directory outputs/api $(ARGS) skiprnn '!skiprnn\.'
 
 test: install lint  ## lint, types and the test suite
 	$(RUN) -m pytest -q -n auto $(ARGS)

@@ -4,10 +4,12 @@ python -m skiprnn.claims [results]: prints both, and writes them to results/clai
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from skiprnn.model.pretrained import SUFFIX
 from skiprnn.papers import claims
 from skiprnn.training.config import ConfigError, arguments_of
 from skiprnn.training.folder import write_atomically
@@ -26,6 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{text}\nwritten to {folder / 'claims.md'}")
+    if any(folder.rglob(f"*{SUFFIX}")):
+        print(f"Next: python -m skiprnn.evaluate {shlex.quote(f'verify={folder}')}")
 
 
 if __name__ == "__main__":

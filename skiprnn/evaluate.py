@@ -10,6 +10,7 @@ same weights, updating at every step: what skipping saves, and what it is worth 
 import copy
 import glob
 import itertools
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,10 @@ def compare(path: Path, settings: Settings) -> None:
     print(f"{path}\n{settings.split} set, {module.data.examples[settings.split]:,} sequences;", end=" ")
     print(f"{where['device']}, engine {where['engine']}, threads: {where['threads']}")
     Console().print(table)
+    if path.suffix == pretrained.SUFFIX:
+        print("Next: python -m skiprnn.evaluate", shlex.quote(f"verify={path.parent}"))
+    elif path.parent.as_posix().endswith(module.run.name):  # in its run folder
+        print("Next: python -m skiprnn.dashboard", shlex.quote(str(path.parents[3])))
 
 
 def _ratio(values: Sequence[float]) -> str:
@@ -187,6 +192,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"error: {str(error).splitlines()[0]}")
     if differing:
         sys.exit(f"error: {differing} of {len(files)} checkpoints differ from their records")
+    print("Next: python -m skiprnn.evaluate", shlex.quote(f"checkpoint={files[0]}"))
 
 
 if __name__ == "__main__":

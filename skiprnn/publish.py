@@ -10,6 +10,7 @@ FOLDER/checkpoints/DATASET/ROW/seedK_HASH/
 """
 
 import inspect
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,6 +170,9 @@ def main(arguments: Sequence[str]) -> None:
     if elsewhere := len(complete) - len(trained_here):
         print(f"{elsewhere} of {len(planned)} runs left out: the record is here, the checkpoint is not")
     print(f"{len(trained_here)} of {len(planned)} runs published, each with its model card")
+    if trained_here:
+        verify = shlex.quote(f"verify={folder / 'checkpoints'}")
+        print(f"Next: python -m skiprnn.evaluate {verify}; python -m skiprnn.tables {shlex.join(arguments)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 It takes what a sweep over these runs takes.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -24,8 +25,13 @@ def main(arguments: Sequence[str]) -> None:
             print(table.publish(one, runs, folder, arguments))
         if damages := [damage for one in planned if (damage := one.folder.damage)]:
             raise ConfigError("; ".join(damages))
+        complete = [one.folder.complete for one in planned]
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    steps = [f"figures {shlex.join(arguments)}"] if any(complete) else []
+    again = shlex.join(one for one in arguments if not one.startswith("publish="))
+    steps += [] if all(complete) else [f"train -m {again}"]
+    print("Next:", "; ".join(f"python -m skiprnn.{step}" for step in steps))
 
 
 if __name__ == "__main__":

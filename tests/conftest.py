@@ -1,6 +1,7 @@
 """Shared by all tests: small runs on the bundled digits, composed as a user would compose them."""
 
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -60,6 +61,13 @@ def command(
     return subprocess.run(
         [sys.executable, *program, *arguments], capture_output=True, text=True, check=False, timeout=600, **options
     )
+
+
+def next_steps(printed: str) -> list[list[str]]:
+    """The commands that a command's last line names: [[NAME, *arguments], ...]."""
+    line = printed.splitlines()[-1]
+    assert line.startswith("Next: python -m skiprnn.")
+    return [shlex.split(one)[2:] for one in line.removeprefix("Next: ").replace("skiprnn.", "").split("; ")]
 
 
 def entries(state) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CONF
+from conftest import CONF, next_steps
 from test_experiments import planned_runs
 
 from skiprnn import claims as command
@@ -286,6 +286,11 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "claims.md").read_text())
     assert f"written to {tmp_path / 'claims.md'}" in printed
+    assert "Next: " not in printed
+    (tmp_path / "table1").mkdir()
+    (tmp_path / "table1" / "model.safetensors").touch()
+    command.main([str(tmp_path)])
+    assert next_steps(capsys.readouterr().out) == [["evaluate", f"verify={tmp_path}"]]
     with pytest.raises(SystemExit, match=r"error: .*nowhere: there is no such folder"):
         command.main([str(tmp_path / "nowhere")])
 

@@ -348,6 +348,30 @@ def test_browser_draws_a_curve_of_one_epoch(window, tmp_path):
     assert window.run(points) == 1
 
 
+def test_browser_leaves_out_charts_of_what_has_not_begun(window, tmp_path):
+    """Chart and heading, also where another row's was drawn before."""
+    both = [["data=digits", f"output={tmp_path}", f"model={name}"] for name in ("gru", "skip_lstm")]
+    complete, waiting = scale.planned_runs(both)
+    plan.save_plan(None, "model=gru,skip_lstm", [complete, waiting])
+    scale.finish(complete)
+    dashboard.main([str(tmp_path)])
+    file = (tmp_path / "dashboard.html").as_uri()
+    headings = (
+        "return [...document.querySelectorAll('#seen h3, #curves h3')].filter(one => one.checkVisibility()).length"
+    )
+    show(window, file, charts=2)
+    assert window.run(headings) == 2
+    choose(window, "model", "skip_lstm")
+    window.until(f"{DRAWN} === 0")
+    assert len(rows_shown(window)) == 1
+    assert window.run(headings) == 0
+    show(window, f"{file}#run={quote(complete.run.name, safe='')}", charts=4)
+    assert window.run(headings) == 4
+    show(window, f"{file}#run={quote(waiting.run.name, safe='')}", charts=0)
+    window.until(f"document.querySelector('#run h2').textContent === '{waiting.run.name}'")
+    assert window.run(headings) == 0
+
+
 @pytest.mark.parametrize("x", ["seconds", "steps", "epoch"])
 def test_browser_draws_by_every_axis(window, file, x):
     show(window, f"{file}#x={x}&smooth=0.9&metric=validation%2Fstate_updates", charts=2)

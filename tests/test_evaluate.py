@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL, trained
+from conftest import SMALL, next_steps, trained
 from safetensors.torch import load_file, save_file
 
 import skiprnn
-from skiprnn import evaluate, publish
+from skiprnn import dashboard, evaluate, publish, tables
 from skiprnn.model import pretrained
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError
@@ -67,7 +67,7 @@ def test_without_skipping_is_the_plain_network_with_the_same_weights(published):
 
 
 def test_the_command_prints_both_networks(published, capsys):
-    folder, _ = published("model=random_skip_lstm", "model.p_skip=0.75")
+    folder, file = published("model=random_skip_lstm", "model.p_skip=0.75")
     evaluate.main([f"checkpoint={folder.best}", "device=cpu", "threads=1", "repetitions=1"])
     printed = capsys.readouterr().out
     assert "test set, 300 sequences" in printed
@@ -76,6 +76,15 @@ def test_the_command_prints_both_networks(published, capsys):
     assert float(ratio) == pytest.approx(float(trained) / 64, abs=1e-3)
     for batch in (1, 256):
         assert re.search(rf"ms per sequence, batch {batch} +│ [\d.]+ +│ [\d.]+ +│ [\d.]+", printed)
+    (step,) = next_steps(printed)
+    assert step == ["dashboard", folder.run.output]
+    dashboard.main(step[1:])
+    evaluate.main([f"checkpoint={file}", "device=cpu", "threads=1", "repetitions=1"])
+    (step,) = next_steps(capsys.readouterr().out)
+    evaluate.main([*step[1:], "device=cpu"])
+    printed = capsys.readouterr().out
+    assert f"agrees  {file}" in printed
+    assert next_steps(printed) == [["evaluate", f"checkpoint={file}"]]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +205,14 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
     overrides = [*SMALL, f"output={tmp_path}", "training.epochs=1", "model=skip_lstm"]
     settings = ["+training.train_batches=1", "model.cost_per_sample=1e-3", "seed=3,4"]
     publish.main([*overrides, *settings, f"publish={target}"])
-    assert "1 of 2 runs published" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 2 runs published" in printed
+    verify, table = next_steps(printed)
+    evaluate.main([*verify[1:], "device=cpu"])
+    tables.main(table[1:])
+    printed = capsys.readouterr().out
+    assert "1/1 agrees" in printed
+    assert f"written to {target}/" in printed
     (file,) = target.rglob("*.safetensors")
     record = folder.record()
     assert file == target / "checkpoints" / record["name"] / "model.safetensors"

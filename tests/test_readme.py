@@ -1,12 +1,18 @@
-"""The code of README.md and of the pages that it links runs, make targets exist, and files are there."""
+"""The code of README.md and of the pages that it links runs, make targets exist, files are there; the API page."""
 
+import html
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import skiprnn
+from skiprnn import GatedState, Recurrent
 from skiprnn.papers import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,3 +90,45 @@ def test_commands_that_pages_name_exist():
     for page in PAGES:
         for name in re.findall(r"python -m skiprnn\.(\w+)", page.read_text()):
             assert (ROOT / "skiprnn" / f"{name}.py").exists() or (ROOT / "skiprnn" / name).is_dir(), (page, name)
+
+
+SIZES = {"B": 2, "T": 5, "I": 3, "H": 4, "L": 2, "D": 1}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory) -> dict[str, str]:
+    """The API page's text of each public name, as `make docs` makes it, without a warning."""
+    folder = tmp_path_factory.mktemp("api")
+    line = " ".join(dry_run("docs", f"ARGS=--output-directory {folder}")[-2:]).replace("\\ ", "")
+    arguments = shlex.split(line)
+    assert arguments[0].endswith("python")
+    done = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+    page = (folder / "skiprnn.html").read_text()
+    sections = re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL)
+    return {name: " ".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split()) for name, text in sections}
+
+
+def test_the_api_page_has_every_public_name(api):
+    assert set(api) == set(skiprnn.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in skiprnn.__all__ if name not in ("GatedState", "Recurrent")])
+def test_the_api_page_gives_the_shapes_that_a_call_has(name, api):
+    def shape(before: str) -> tuple[int, ...]:
+        sizes = re.search(re.escape(before) + r" \(([A-Z×, ]+)\)", api[name])
+        assert sizes, f"{name} does not say what {before} is"
+        return tuple(eval(size.replace("×", "*"), dict(SIZES)) for size in sizes[1].split(", "))
+
+    output, state, updates = getattr(skiprnn, name)(SIZES["I"], SIZES["H"], SIZES["L"])(torch.randn(shape("x")))
+    entries = {entry.shape for entry in (state if isinstance(state, tuple) else [state])}
+    said = shape("output"), {shape("(h, c)" if name.endswith("LSTM") else "h")}, shape("updates")
+    assert said == (output.shape, entries, updates.shape)
+
+
+@pytest.mark.parametrize(("name", "thing"), [("Recurrent", Recurrent.forward), ("GatedState", GatedState)])
+def test_the_api_page_has_the_shapes_of_docstrings_as_they_stand(name, thing, api):
+    """What is between two asterisks would be slanted."""
+    shapes = re.findall(r"\([A-Z][^()]*\)", str(thing.__doc__))
+    assert len(shapes) > 1
+    assert [one for one in shapes if one not in api[name]] == []

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CONF, compose, make_small_ucf101, trained
+from conftest import CONF, compose, make_small_ucf101, next_steps, trained
 from test_experiments import TABLE_1, planned_runs
 
-from skiprnn import Recurrent, tables
+from skiprnn import Recurrent, dashboard, figures, tables
 from skiprnn.data.ucf101 import cnn_flops
 from skiprnn.papers import experiments, plan, records, statistics, table
 from skiprnn.papers.experiments import Experiment, Row
@@ -442,6 +442,19 @@ def test_the_command_prints_and_writes_the_table(planned, tmp_path, capsys):
     assert copied == [f"{planned[0].run.name}.json"]
     record = json.loads((target / "records" / copied[0]).read_text())
     assert record["best"]["test"]["state_updates"] == 784.0
+    drawn, train = next_steps(printed)
+    figures.main(drawn[1:])
+    assert f"1 of 2 runs are complete; figures in {target}/figures/" in capsys.readouterr().out
+    assert train == ["train", "-m", *command]
+
+
+def test_what_comes_next_is_to_train_what_is_missing(planned, tmp_path, capsys):
+    command = ["experiment=table1", "profile=mnist/paper", "rows=[1]", "seed=range(0, 1)", f"output={tmp_path}"]
+    tables.main(command)
+    assert next_steps(capsys.readouterr().out) == [["train", "-m", *command]]
+    finish(planned[0], accuracy=0.9, state_updates=784.0, inference_flops=3.8e7)
+    tables.main(command)
+    assert next_steps(capsys.readouterr().out) == [["figures", *command]]
 
 
 def test_a_damaged_record_is_told_and_the_table_is_made_without_it(planned, tmp_path, capsys):
@@ -459,7 +472,7 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     finish_row(planned, "LSTM", (0.90,), (784.0,), (3.829e7,))
     finish_row(planned, "GRU", (0.95,), (784.0,), (2.8e7,))
     diverge(planned[2])
-    (planned[0].folder.path / "metrics.csv").write_text("epoch,validation/accuracy\n0,0.90\n")
+    (planned[0].folder.path / "metrics.csv").write_text("epoch,validation/accuracy,seconds\n0,0.90,1\n")
     tables.main([*command, f"output={here}"])
     elsewhere = moved(planned, there)
     finish(elsewhere[1], accuracy=0.92, state_updates=784.0, inference_flops=3.829e7)  # the LSTM's second seed
@@ -474,6 +487,7 @@ def test_what_was_published_elsewhere_counts_as_complete(planned, tmp_path):
     assert shown["GRU"]["Runs"] == "1 / 4"
     assert elsewhere[0].folder.complete, "the sweep would repeat it"
     assert elsewhere[0].folder.record() == planned[0].folder.record()
+    dashboard.main([str(there)])  # knows them
     assert [one.folder.path.joinpath("metrics.csv").exists() for one in elsewhere[:2]] == [True, False]
     assert "0,0.90" in (elsewhere[0].folder.path / "metrics.csv").read_text(), "its curves would lack it"
     assert gru.complete

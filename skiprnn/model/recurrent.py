@@ -196,7 +196,7 @@ class Recurrent(nn.Module):
         Args:
             x: (T, B, I), or (B, T, I) with batch_first; one sequence (T, I); a PackedSequence; the parameters' dtype
                 and device. Under autocast any precision up to float32, and the recurrence runs in the parameters'.
-            state: where to continue, as in torch a pair (h, c) for LSTMs, h for GRUs, (L*D, B, H) each, (L*D, H) for
+            state: where to continue, as in torch a pair (h, c) for LSTMs, h for GRUs, (L×D, B, H) each, (L×D, H) for
                 one sequence; for layers of unequal sizes tuples of (B, H). A returned h carries the policy's gate state
                 (see GatedState), with another h the gate starts anew; (h, c, *gate_state) gives it by hand. None: the
                 initial state.
@@ -204,11 +204,11 @@ class Recurrent(nn.Module):
                 last valid output. None: all T.
 
         Returns:
-            output: the top layer's h, (T, B, D*H), laid out or packed as x; under autocast in its precision.
+            output: the top layer's h, (T, B, D×H), laid out or packed as x; under autocast in its precision.
             state: after the last valid step, in the form of the argument.
-            updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, L*D*H) for neuron policies
+            updates: 1 where the state was updated, else 0: (T, B) for step policies, (T, B, L×D×H) for neuron policies
                 (all layers' neurons side by side), laid out or packed as x; differentiable (straight-through) where
-                the policy learns. Bidirectional step policies have (T, B, L*D), a gate each. At
+                the policy learns. Bidirectional step policies have (T, B, L×D), a gate each. At
                 least float32, for its sums.
 
         Raises:
@@ -585,7 +585,10 @@ class _OfGRU(_Named):
 
 
 class LSTM(_OfLSTM):
-    """LSTM that updates at every step: the papers' baseline."""
+    """LSTM that updates at every step: the papers' baseline.
+
+    output (T, B, D×H), (h, c) (L×D, B, H) each, updates (T, B) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "lstm", "always"
 
@@ -616,43 +619,64 @@ class LSTM(_OfLSTM):
 
 
 class GRU(_OfGRU):
-    """GRU that updates at every step: the papers' baseline, another function than torch.nn.GRU (see GRUCell)."""
+    """GRU that updates at every step: the papers' baseline, another function than torch.nn.GRU (see GRUCell).
+
+    output (T, B, D×H), h (L×D, B, H), updates (T, B) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "gru", "always"
 
 
 class RandomSkipLSTM(_OfLSTM):
-    """LSTM that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
+    """LSTM that skips each step with probability p_skip (0.5): Skip RNN's baseline.
+
+    output (T, B, D×H), (h, c) (L×D, B, H) each, updates (T, B) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "lstm", "random_steps"
 
 
 class RandomSkipGRU(_OfGRU):
-    """GRU that skips each step with probability p_skip (0.5): Skip RNN's baseline."""
+    """GRU that skips each step with probability p_skip (0.5): Skip RNN's baseline.
+
+    output (T, B, D×H), h (L×D, B, H), updates (T, B) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "gru", "random_steps"
 
 
 class SkipLSTM(_OfLSTM):
-    """Skip LSTM ([SKIP]): learns which steps to skip."""
+    """Skip LSTM ([SKIP]): learns which steps to skip.
+
+    output (T, B, D×H), (h, c) (L×D, B, H) each, updates (T, B) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "lstm", "skip"
 
 
 class SkipGRU(_OfGRU):
-    """Skip GRU ([SKIP]): learns which steps to skip."""
+    """Skip GRU ([SKIP]): learns which steps to skip.
+
+    output (T, B, D×H), h (L×D, B, H), updates (T, B) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "gru", "skip"
 
 
 class SALSTM(_OfLSTM):
-    """SA-RNN ([SA]) with an LSTM cell: learns which neurons to update at each step."""
+    """SA-RNN ([SA]) with an LSTM cell: learns which neurons to update at each step.
+
+    output (T, B, D×H), (h, c) (L×D, B, H) each, updates (T, B, L×D×H) = rnn(x (T, B, I)); the rest: `Recurrent`.
+    """
 
     cell_and_policy = "lstm", "selective"
 
 
 class SAGRU(_OfGRU):
-    """SA-RNN ([SA]) with a GRU cell, as published: learns which neurons to update at each step."""
+    """SA-RNN ([SA]) with a GRU cell, as published: learns which neurons to update at each step.
+
+    output (T, B, D×H), h (L×D, B, H), updates (T, B, L×D×H) = rnn(x (T, B, I)). Arguments and methods: `Recurrent`.
+    """
 
     cell_and_policy = "gru", "selective"
 

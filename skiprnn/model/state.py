@@ -13,7 +13,9 @@ from skiprnn.model.policies import Gate
 
 
 class GatedState(Tensor):
-    """h with the policy's gate state, which copies take along; what else is computed from it is a plain tensor."""
+    """h (L×D, B, H) with the policy's gate state, (B, 1) each part, which copies take along; what else is computed from
+    it is a plain tensor.
+    """
 
     gate_state: Gate  # (B, 1) each; Skip: update_prob and cum_update_prob
 

@@ -183,13 +183,16 @@ class RunFolder:
                         write_atomically(getattr(self, name), file.read_bytes())
             if self.metrics_file.exists():
                 read_metrics(self.metrics_file)
-            config = json.dumps(self.run.identity, indent=2)  # JSON is YAML, and the same bytes each time
-            write_atomically(self.path / "config.yaml", config.encode())
+            self._say_what_it_is()
             self.failure_file.unlink(missing_ok=True)
         except BaseException:
             lock.release()
             raise
         return lock
+
+    def _say_what_it_is(self) -> None:
+        config = json.dumps(self.run.identity, indent=2)  # JSON is YAML, and the same bytes each time
+        write_atomically(self.path / "config.yaml", config.encode())
 
     def save(self, file: Path, content: dict[str, Any]) -> None:
         """Write a checkpoint.
@@ -259,6 +262,7 @@ class RunFolder:
                 file.rename(aside / file.name)
             if metrics is not None:
                 write_atomically(self.metrics_file, metrics)
+            self._say_what_it_is()
             self.finish(record)
         finally:
             lock.release()

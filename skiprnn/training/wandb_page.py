@@ -81,8 +81,8 @@ class Page(WandbLogger):
 
 
 def page_options(run: RunConfig) -> dict[str, Any]:
-    """What makes a run's wandb page: the run's identity, so that a resumed run continues it. Started by wandb's agent
-    (`wandb sweep`), the page is the one that the agent has chosen.
+    """What makes a run's wandb page: its identity, so that a resumed run continues it. In a run that wandb's agent
+    has started (`wandb sweep`), wandb takes the page that the agent has chosen instead.
 
     Offline, without a question, where there is no key or no server; `wandb sync` takes it online later.
 
@@ -98,7 +98,8 @@ def page_options(run: RunConfig) -> dict[str, Any]:
     name = run.data["name"]
     options = {
         "name": run.name,
-        **({} if "WANDB_SWEEP_ID" in os.environ else {"id": run.hash, "resume": "allow"}),
+        "id": run.hash,
+        "resume": "allow",
         "group": f"{run.experiment or name}/{run.row}",
         "job_type": "train",
         "tags": [name, run.model.cell, run.model.policy, f"profile {run.profile.get('name')}"],
