@@ -3,12 +3,19 @@
 import functools
 
 import pytest
+import torch
 from cuda_on_cpu import build
 
-from skiprnn.model.engines import contact, trial
+from skiprnn.model import engines
+from skiprnn.model.engines import contact, cuda, trial
 from skiprnn.model.engines.cuda import nvrtc, operator
+from skiprnn.model.recurrent import Recurrent
 
-VARIANTS = [one for one in contact.VARIANTS if one.policy in operator.POLICIES and one.layers == 1]
+VARIANTS = [
+    pytest.param(one, marks=() if one.policy in ("skip", "selective") else pytest.mark.slow)
+    for one in contact.VARIANTS
+    if one.layers == 1
+]
 
 
 @pytest.fixture
@@ -21,8 +28,9 @@ def emulated(tmp_path_factory, monkeypatch):
         return build(operator.SOURCE, dict(defines), folder)
 
     def load(source, defines, names):
-        kernels = library(tuple(sorted(defines.items())))
-        return {name: functools.partial(kernels.launch, name) for name in names}
+        same = {"D_OUTPUT": 1} if names == ["forward"] else {}  # of no matter to it: one library less
+        kernels = library(tuple(sorted({**defines, **same}.items())))
+        return {name: functools.partial(kernels.launch, name, order=7) for name in names}
 
     monkeypatch.setattr(nvrtc, "load", load)
 
@@ -31,3 +39,64 @@ def emulated(tmp_path_factory, monkeypatch):
 def test_results_and_gradients_are_the_references(emulated, variant):
     for lengths in (False, True):
         assert trial.error("cuda", "cpu", variant, lengths) < contact.TOLERANCE
+
+
+def small(cell: str, policy: str, inputs: int, hidden: int, seed: int) -> Recurrent:
+    torch.manual_seed(seed)
+    p_skip = 0.4 if policy.startswith("random") else None
+    return Recurrent(cell, policy, inputs, hidden, 1, batch_first=True, p_skip=p_skip)
+
+
+def gradients(engine: str, networks, xs, loss) -> list[torch.Tensor]:
+    """Of every network's parameters and input, all in one launch where the engine does that."""
+    draws = []
+    for seed, (network, x) in enumerate(zip(networks, xs, strict=True)):
+        network.zero_grad()
+        x.grad = None
+        torch.manual_seed(seed)
+        draws.append(network.policy.draw(x, network.cells[0].hidden_size))
+    calls = [network.prepare(x, draw=draw) for network, x, draw in zip(networks, xs, draws, strict=True)]
+    sum(loss(result) for result in engines.run_packed(engine, calls)).backward()
+    found = []
+    for network, x in zip(networks, xs, strict=True):
+        found += [x.grad, *(parameter.grad for parameter in network.parameters())]
+    return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+
+def last_state(result):
+    return result.states[0][0].square().sum() + 1e-2 * result.updates.sum()
+
+
+def an_output_after_long_silence(result):
+    """Where the gradient of the last state has all but vanished, a large one arrives."""
+    return 1e-25 * result.states[0][0].sum() + 1e6 * result.output[:, 3].sum()
+
+
+@pytest.mark.parametrize(
+    ("policy", "loss"),
+    [(policy, last_state) for policy in operator.POLICIES] + [("skip", an_output_after_long_silence)],
+)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_several_runs_in_one_launch(emulated, cell, policy, loss):
+    """Three tiles, the last one of three sequences; an odd number of units; inputs of two numbers, with a gradient."""
+    networks = [small(cell, policy, 2, 13, seed) for seed in range(2)]
+    xs = [torch.randn(35, 9, 2, requires_grad=True) for _ in networks]
+    wanted, found = (gradients(engine, networks, xs, loss) for engine in ("reference", "cuda"))
+    for one, other in zip(wanted, found, strict=True):
+        assert (one - other).norm() <= 2 * contact.TOLERANCE * one.norm() + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (("lstm", "always", 8, 119, 1), None),
+        (("lstm", "always", 8, 120, 1), "a step reads 129 numbers"),
+        (("lstm", "always", 1, 80, 2), "a step reads 161 numbers"),
+        (("gru", "skip", 1, 40, 2), "no layers that share a gate"),
+        (("gru", "selective", 5, 40, 1), "up to 4 inputs; there are 5"),
+    ],
+)
+def test_what_does_not_fit_is_refused(network, reason):
+    rnn = Recurrent(*network)
+    found = cuda.unfit(rnn.cells, rnn.policy)
+    assert found is None if reason is None else reason in found

@@ -1,8 +1,8 @@
 """The engine for NVIDIA's GPUs: the whole time loop in one CUDA kernel per pass, its weights in registers.
 
-LSTM and GRU that update always, at random or by Skip's gate (then in one layer), float32, H + I + 1 <= 128. Recurrent
-products are of fp16 operands, which have tf32's mantissa, those of the weights' gradients of bfloat16; all are summed
-in float32. Where torch.backends.cudnn.rnn.fp32_precision is "ieee" it does not serve.
+LSTM and GRU under every policy of the papers (Skip in one layer, Selective of few inputs), float32, H + I + 1 <= 128.
+Recurrent products are of fp16 operands, which have tf32's mantissa, those of the weights' gradients of bfloat16; all
+are summed in float32. Where torch.backends.cudnn.rnn.fp32_precision is "ieee" it does not serve.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from torch import Tensor
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.engines.cuda import nvrtc
-from skiprnn.model.engines.cuda.operator import LARGEST, POLICIES
+from skiprnn.model.engines.cuda.operator import LARGEST
 from skiprnn.model.engines.operator import by_layers, run_stacked
-from skiprnn.model.policies import Policy, Skip
+from skiprnn.model.policies import Policy, Selective, Skip
 
+FEW_INPUTS = 4  # that fit the registers beside the weights
 CAPABILITY = (8, 0)  # of the tensor cores' instructions that the kernels use
 
 
@@ -37,10 +38,10 @@ def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
 
 def unfit(cells: Sequence[Cell], policy: Policy) -> str | None:
     """Why these are not what the kernels compute; None if they are."""
-    if policy.name not in POLICIES:
-        return f"it does not know the policy {policy.name}"
     if isinstance(policy, Skip) and len(cells) > 1:
         return "it has no layers that share a gate"
+    if isinstance(policy, Selective) and (most := max(cell.input_size for cell in cells)) > FEW_INPUTS:
+        return f"its coordinators read up to {FEW_INPUTS} inputs; there are {most}"
     widest = max(cell.hidden_size + cell.input_size + 1 for cell in cells)
     return f"a step reads {widest} numbers, of h, x and 1; it serves {LARGEST}" if widest > LARGEST else None
 

@@ -1,7 +1,7 @@
 // The time loop of one layer for NVIDIA GPUs from compute capability 8.0 on: the weights stay in registers, a step costs
 // two products on the tensor cores (mma.sync, fp16 operands, float32 sums) and one or two barriers.
 //
-// Compiled for one problem, by macros: LSTM (1) or GRU (0); POLICY 0 always, 1 random steps, 2 Skip; I, H, KT; SAVE;
+// Compiled for one problem, by macros: LSTM (1) or GRU (0); POLICY, see below; I, H, KT; SAVE;
 // D_OUTPUT, whether the output has a gradient.
 // W = 16 KT columns hold what a step reads, [h, x, 1], and zeros. Block (i, r) takes sequences 16 i .. 16 i + 15 of run r
 // through all steps, with KT warps: warp w has the columns 16 w .. 16 w + 15 of every gate. As the tensor cores' results
@@ -68,36 +68,41 @@ struct __align__(8) f32x2 { float at[2]; };
 
 constexpr int G = LSTM ? 4 : 3, W = 16 * KT, THREADS = 32 * KT, ROWS = 16;
 constexpr int LEFT = LSTM ? 4 : 2;  // gates that read [h, x, 1]
-constexpr int READ = W + 8, PRE = G * W + 8;  // of a row in shared memory: ldmatrix without bank conflicts
-enum { ALWAYS, RANDOM_STEPS, SKIP };
-constexpr bool SKIPS = POLICY == SKIP;
+enum { ALWAYS, RANDOM_STEPS, SKIP, RANDOM_NEURONS, SELECTIVE };
+constexpr bool SKIPS = POLICY == SKIP, SELECTS = POLICY == SELECTIVE, NEURONS = POLICY >= RANDOM_NEURONS;
+constexpr int BLOCKS = G + SELECTS;  // of gradients: the gates', and that of Selective's coordinator
+constexpr int READ = W + 8, PRE = BLOCKS * W + 8;  // of a row in shared memory: ldmatrix without bank conflicts
 
 struct Arguments {
     const float* x;        // (R, B, T, I)
-    const float* draw;     // (R, B, T): random steps
+    const float* draw;     // (R, B, T), or (R, B, T, H): random steps, neurons
     const i64* lengths;    // (R, B), or null
     const u32* weights;    // as the lanes hold them, see operator.py
     const float* w_p;      // (R, W): Skip
     const float* b_p;      // (R,)
+    const float* coordinator;  // (R, I + 2, W): Selective's W_i, w_u, b
+    const float* slope;        // (R,)
     float* states;         // (R, K, B, W): h (and c) before the first step, replaced by those after the last; in backward
                            // their gradients the other way
     float* gate;           // (R, 2, B): q and s likewise
     float* output;         // (R, B, T, H)
-    float* updates;        // (R, B, T)
+    float* updates;        // (R, B, T), or (R, B, T, H)
     u32x4* kept;           // (R, T, tiles, KEPT, threads): see `Kept`
     u32x4* read;           // (R, T, B, W) bfloat16: [h, x, 1]
     u32x4* reset;          // likewise [r * h, x, 1]: GRU
     float* kept_gate;      // (R, T, 3, B): q and s before each step, and what the candidate proposes as the next q
     const float* d_output;   // (R, B, T, H), or null
-    const float* d_updates;  // (R, B, T), or null
-    u32x4* d_pre;          // (R, T, B, G, W) bfloat16: gradients of the pre-activations
+    const float* d_updates;  // as updates, or null
+    u32x4* d_pre;          // (R, T, B, BLOCKS, W) bfloat16: gradients of the pre-activations
     float* d_w_p;          // (R, tiles, W), to be summed over the tiles
     float* d_b_p;          // (R, tiles)
     int B, T;
 };
 
-// Backward's 16 bytes per lane and step: LSTM i j f o in fp16, c in float32 (two), with Skip h in fp16; GRU r z candidate h
-constexpr int KEPT_C = 4, KEPT_H = LSTM ? 6 : 3, KEPT = LSTM ? (SKIPS ? 7 : 6) : 4;
+// Backward's 16 bytes per lane and step: LSTM i j f o in fp16, c in float32 (two), h in fp16 where the policy learns; GRU
+// r z candidate h; where neurons decide, a bit for each that updates and, above these, for each whose decision has a slope.
+constexpr bool KEEPS_H = !LSTM || SKIPS || SELECTS;
+constexpr int KEPT_C = 4, KEPT_H = LSTM ? 6 : 3, KEPT_BITS = KEPT_H + KEEPS_H, KEPT = KEPT_BITS + NEURONS;
 
 __device__ __forceinline__ float sigmoid(float x) { return rcp(1 + ex2(-1.4426950408889634f * x)); }
 __device__ __forceinline__ float tanh_of(float x) { return 2 * rcp(1 + ex2(-2.8853900817779268f * x)) - 1; }
@@ -167,6 +172,30 @@ struct Lane {
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 if (exists[e >> 1]) matrix[(i64)row[e >> 1] * W + column + 8 * n + (e & 1)] = values[n][e];
+    }
+    // Its elements of step t of (R, B, T, H); those that are not there are left as they are, or not written.
+    __device__ __forceinline__ void load_step(float (&values)[2][4], const float* from, int T, int t) const {
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (column + 8 * n + (e & 1) < H)
+                    values[n][e] = from[(sequence[e >> 1] * T + t) * H + column + 8 * n + (e & 1)];
+    }
+    __device__ __forceinline__ void store_step(const float (&values)[2][4], float* const (&rows)[2]) const {
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float lo = values[n][2 * i], hi = values[n][2 * i + 1];
+                if (!exists[i] || column + 8 * n >= H) continue;
+                if (H % 2 == 0) {
+                    *reinterpret_cast<f32x2*>(rows[i] + 8 * n) = {lo, hi};
+                } else {
+                    rows[i][8 * n] = lo;
+                    if (column + 8 * n + 1 < H) rows[i][8 * n + 1] = hi;
+                }
+            }
     }
     __device__ __forceinline__ float* state(const Arguments& a, int entry) const {
         return a.states + ((i64)run * (LSTM ? 2 : 1) + entry) * a.B * W;
@@ -239,6 +268,38 @@ struct Inputs {
     }
 };
 
+// Selective's: which neurons update.
+struct Coordinator {
+    float w_i[I][2][2], w_u[2][2], b[2][2], slope, x[2][I];
+
+    __device__ __forceinline__ Coordinator(const Arguments& a, const Lane& me) {
+        if (!SELECTS) return;
+        slope = a.slope[me.run];
+        const float* rows = a.coordinator + (i64)me.run * (I + 2) * W + me.column;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+#pragma unroll
+                for (int i = 0; i < I; i++) w_i[i][n][j] = rows[i * W + 8 * n + j];
+                w_u[n][j] = rows[I * W + 8 * n + j], b[n][j] = rows[(I + 1) * W + 8 * n + j];
+            }
+    }
+    __device__ __forceinline__ void fetch(const Arguments& a, const Lane& me, int t) {
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+#pragma unroll
+            for (int i = 0; i < I; i++) x[row][i] = a.x[(me.sequence[row] * a.T + t) * I + i];
+    }
+    // What is rounded, before it is clamped to [0, 1].
+    __device__ __forceinline__ float value(float h, int n, int e) const {
+        float sum = b[n][e & 1] + w_u[n][e & 1] * h;
+#pragma unroll
+        for (int i = 0; i < I; i++) sum += w_i[i][n][e & 1] * x[e >> 1][i];
+        return (sum * slope + 1) / 2;
+    }
+};
+
 // Skip's gate of a row.
 struct Gate {
     float q, s;
@@ -281,6 +342,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
 #pragma unroll
         for (int i = 0; i < 2; i++) draw[i] = a.draw[me.sequence[i] * a.T];
 
+    float draws[2][4] = {};
+    if (POLICY == RANDOM_NEURONS) me.load_step(draws, a.draw, a.T, 0);
+    Coordinator coordinator(a, me);
+    if (SELECTS) coordinator.fetch(a, me, 0);
+
     // What follows from step t for the gate, once all warps have written their part of its logit.
     auto follow = [&](int t) {
 #pragma unroll
@@ -301,7 +367,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
     u32x4* kept = SAVE ? me.kept(a, 0) : nullptr;
     u32x4* read = SAVE ? me.destination<1>(a.read, a, 0) : nullptr;
     u32x4* reset_read = SAVE && !LSTM ? me.destination<1>(a.reset, a, 0) : nullptr;
-    float* output[2] = {a.output + me.sequence[0] * a.T * H + me.column, a.output + me.sequence[1] * a.T * H + me.column};
+    const i64 first[2] = {me.sequence[0] * a.T * H + me.column, me.sequence[1] * a.T * H + me.column};
+    float* output[2] = {a.output + first[0], a.output + first[1]};
+    float* neurons[2] = {a.updates + first[0], a.updates + first[1]};
     for (int t = 0; t < a.T; t++) {
         u16* now = rows[LSTM ? t & 1 : 0];
         inputs.write(now, h, me);
@@ -315,9 +383,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
             if (POLICY == RANDOM_STEPS) on[i] = on[i] && draw[i] > 0.5f;
             if (SKIPS) on[i] = on[i] && gate[i].accumulated() > 0.5f;
             before[i] = on[i];
-            if (me.writes && me.exists[i]) a.updates[me.sequence[i] * a.T + t] = on[i];
+            if (!NEURONS && me.writes && me.exists[i]) a.updates[me.sequence[i] * a.T + t] = on[i];
             if (POLICY == RANDOM_STEPS && t + 1 < a.T) draw[i] = a.draw[me.sequence[i] * a.T + t + 1];
         }
+        u32 bits = 0;
+        if (NEURONS) {
+            float update[2][4];
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float value = SELECTS ? coordinator.value(h[n][e], n, e) : draws[n][e];
+                    bool updates = on[e >> 1] && value > 0.5f;
+                    bits |= (u32)updates << (4 * n + e);
+                    if (SELECTS) bits |= (u32)(on[e >> 1] && value >= 0 && value <= 1) << (8 + 4 * n + e);
+                    update[n][e] = updates;
+                }
+            me.store_step(update, neurons);
+            if (POLICY == RANDOM_NEURONS && t + 1 < a.T) me.load_step(draws, a.draw, a.T, t + 1);
+            if (SELECTS && t + 1 < a.T) coordinator.fetch(a, me, t + 1);
+        }
+        auto updates = [&](int n, int e) { return NEURONS ? (bool)(bits >> (4 * n + e) & 1) : on[e >> 1]; };
         float pre[2 * LEFT][4] = {};
 #pragma unroll
         for (int k = 0; k < KT; k++) {
@@ -327,7 +413,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
             for (int n = 0; n < 2 * LEFT; n++) mma(pre[n], fragment, weights[k][n][0], weights[k][n][1]);
         }
         if (SAVE) me.copy<1>(read, now, READ, 1, a.B);
-        if (SAVE && (SKIPS || !LSTM)) {
+        if (SAVE && NEURONS) kept[KEPT_BITS * THREADS] = {bits, 0, 0, 0};
+        if (SAVE && KEEPS_H) {
             u32x4 packed;
 #pragma unroll
             for (int k = 0; k < 4; k++) packed.at[k] = pack_half(h[k >> 1][2 * (k & 1)], h[k >> 1][2 * (k & 1) + 1]);
@@ -346,7 +433,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
                     float c_new = c[n][e] * f + i * j, h_new = tanh_of(c_new) * o;
                     gates[0][n][e] = i, gates[1][n][e] = j, gates[2][n][e] = f, gates[G - 1][n][e] = o;
                     if (SKIPS) logit[e >> 1] += c_new * w_p[n][e & 1];
-                    if (on[e >> 1]) c[n][e] = c_new, h[n][e] = h_new;
+                    if (updates(n, e)) c[n][e] = c_new, h[n][e] = h_new;
                 }
             }
         } else {
@@ -377,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
                     float z = gates[1][n][e], value = tanh_of(candidate[n][e]), h_new = z * h[n][e] + (1 - z) * value;
                     gates[2][n][e] = value;
                     if (SKIPS) logit[e >> 1] += h_new * w_p[n][e & 1];
-                    if (on[e >> 1]) h[n][e] = h_new;
+                    if (updates(n, e)) h[n][e] = h_new;
                 }
         }
         if (SAVE)
@@ -395,23 +482,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
                 float part = row_sum(logit[i]);
                 if (me.quad == 0) logits[t & 1][me.g + 8 * i][me.warp] = part;
             }
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float lo = h[n][2 * i], hi = h[n][2 * i + 1];
-                if (!me.exists[i] || me.column + 8 * n >= H) continue;
-                if (H % 2 == 0) {
-                    *reinterpret_cast<f32x2*>(output[i] + 8 * n) = {lo, hi};
-                } else {
-                    output[i][8 * n] = lo;
-                    if (me.column + 8 * n + 1 < H) output[i][8 * n + 1] = hi;
-                }
-            }
+        me.store_step(h, output);
         kept += (i64)gridDim.x * KEPT * THREADS;
         read += (i64)a.B * (W / 8);
         reset_read += (i64)a.B * (W / 8);
         output[0] += H, output[1] += H;
+        if (NEURONS) neurons[0] += H, neurons[1] += H;
     }
     me.store(h, me.state(a, 0));
     if (LSTM) me.store(c, me.state(a, 1));
@@ -494,6 +570,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
 
     // What a step needs is fetched while the products of the one after it run.
     u32x4 gates[G], kept_h;
+    u32 bits = 0;
+    float d_neurons[2][4] = {};
+    Coordinator coordinator(a, me);
     f32x4 kept_c[2];
     float updated[2], q[2], s[2], proposed[2], given[2] = {0, 0};
     auto fetch = [&](int t) {
@@ -503,10 +582,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
         if (LSTM)
 #pragma unroll
             for (int n = 0; n < 2; n++) kept_c[n] = *reinterpret_cast<const f32x4*>(kept + (KEPT_C + n) * THREADS);
-        if (SKIPS || !LSTM) kept_h = kept[KEPT_H * THREADS];
+        if (KEEPS_H) kept_h = kept[KEPT_H * THREADS];
+        if (NEURONS) bits = kept[KEPT_BITS * THREADS].at[0];
+        if (SELECTS && a.d_updates) me.load_step(d_neurons, a.d_updates, a.T, t);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            updated[i] = a.updates[me.sequence[i] * a.T + t];
+            if (!NEURONS) updated[i] = a.updates[me.sequence[i] * a.T + t];
             if (SKIPS) {
                 const float* of_gate = a.kept_gate + ((i64)me.run * a.T + t) * 3 * a.B + me.safe[i];
                 q[i] = of_gate[0], s[i] = of_gate[a.B], proposed[i] = of_gate[2 * a.B];
@@ -516,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
     };
     fetch(a.T - 1);
 
-    u32x4* d_pre = me.destination<G>(a.d_pre, a, a.T - 1);
+    u32x4* d_pre = me.destination<BLOCKS>(a.d_pre, a, a.T - 1);
     for (int t = a.T - 1; t >= 0; t--) {
         const int slot = t & 1;
         u16* now = rows[slot];
@@ -538,7 +619,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             valid[i] = t < me.length[i];
-            on[i] = me.exists[i] && updated[i] > 0.5f;
+            on[i] = me.exists[i] && (NEURONS || updated[i] > 0.5f);
             if (SKIPS && on[i]) d_logit[i] = Q[i] * proposed[i] * (1 - proposed[i]);
             d_b_p += d_logit[i];
         }
@@ -553,12 +634,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
         float h[2][4], r[2][4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float d[G][4];
+            float d[BLOCKS][4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int i = e >> 1;
-                float E_h = on[i] ? D_h[n][e] : 0.f, E_c = on[i] ? D_c[n][e] : 0.f;  // to the candidate
-                if (SKIPS || !LSTM) h[n][e] = half_at(kept_h, n, e);
+                const bool u = NEURONS ? (bool)(bits >> (4 * n + e) & 1) : on[i];
+                float E_h = u ? D_h[n][e] : 0.f, E_c = u ? D_c[n][e] : 0.f;  // to the candidate
+                float of_update = SELECTS ? d_neurons[n][e] : 0.f;
+                if (KEEPS_H) h[n][e] = half_at(kept_h, n, e);
                 if (LSTM) {
                     float gi = half_at(gates[0], n, e), gj = half_at(gates[1], n, e), gf = half_at(gates[2], n, e);
                     float go = half_at(gates[G - 1], n, e), c = kept_c[n].at[e];
@@ -568,13 +651,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
                         E_c += d_logit[i] * w_p[n][e & 1];
                         d_w_p[n][e & 1] += d_logit[i] * c_new;
                     }
+                    if (SELECTS) of_update += D_h[n][e] * (tanh_c * go - h[n][e]) + D_c[n][e] * (c_new - c);
                     E_c += E_h * go * (1 - tanh_c * tanh_c);
                     d[0][e] = E_c * gj * gi * (1 - gi);
                     d[1][e] = E_c * gi * (1 - gj * gj);
                     d[2][e] = E_c * c * gf * (1 - gf);
                     d[G - 1][e] = E_h * tanh_c * go * (1 - go);
-                    D_c[n][e] = on[i] ? E_c * gf : D_c[n][e];
-                    D_h[n][e] = on[i] ? 0.f : D_h[n][e];
+                    D_c[n][e] = u ? E_c * gf : D_c[n][e];
+                    D_h[n][e] = u ? 0.f : D_h[n][e];
                 } else {
                     float z = half_at(gates[1], n, e), value = half_at(gates[2], n, e);
                     r[n][e] = half_at(gates[0], n, e);
@@ -584,13 +668,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
                         E_h += d_logit[i] * w_p[n][e & 1];
                         d_w_p[n][e & 1] += d_logit[i] * h_new;
                     }
+                    if (SELECTS) of_update += D_h[n][e] * (z * h[n][e] + (1 - z) * value - h[n][e]);
                     d[1][e] = E_h * (h[n][e] - value) * z * (1 - z);
                     d[2][e] = E_h * (1 - z) * (1 - value * value);
-                    D_h[n][e] = on[i] ? E_h * z : D_h[n][e];
+                    D_h[n][e] = u ? E_h * z : D_h[n][e];
+                }
+                if (SELECTS) {
+                    d[BLOCKS - 1][e] = bits >> (8 + 4 * n + e) & 1 ? of_update * coordinator.slope / 2 : 0.f;
+                    D_h[n][e] += d[BLOCKS - 1][e] * coordinator.w_u[n][e & 1];
                 }
             }
 #pragma unroll
-            for (int gate = LSTM ? 0 : 1; gate < G; gate++) write(gate, n, d[gate]);
+            for (int gate = LSTM ? 0 : 1; gate < BLOCKS; gate++) write(gate, n, d[gate]);
         }
         if (me.writes)
 #pragma unroll
@@ -644,8 +733,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
 #pragma unroll
             for (int n = 0; n < 2; n++) mma(total[k & 1][n], fragment, weights[k][n][0], weights[k][n][1]);
         }
-        me.copy<G>(d_pre, now, PRE, undo[slot][me.copied], a.B);
-        d_pre -= (i64)a.B * G * (W / 8);
+        me.copy<BLOCKS>(d_pre, now, PRE, undo[slot][me.copied], a.B);
+        d_pre -= (i64)a.B * BLOCKS * (W / 8);
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll

@@ -18,10 +18,10 @@ from skiprnn.model.engines.operator import KERNELS, PIECES, Arriving, Gradients,
 SOURCE = Path(__file__).with_name("kernels.cu")
 ROWS = 16  # sequences of a block
 LARGEST = 128  # columns [h, x, 1]: more weights than that do not fit the registers
-POLICIES = {"always": 0, "random_steps": 1, "skip": 2}
+POLICIES = {"always": 0, "random_steps": 1, "skip": 2, "random_neurons": 3, "selective": 4}
 POINTERS = (
-    "x draw lengths weights w_p b_p states gate output updates kept read reset kept_gate d_output d_updates d_pre d_w_p"
-    " d_b_p"
+    "x draw lengths weights w_p b_p coordinator slope states gate output updates kept read reset kept_gate d_output"
+    " d_updates d_pre d_w_p d_b_p"
 )
 SIZES = "B T"
 
@@ -56,6 +56,11 @@ class Layout(NamedTuple):
         return 4 if self.cell == "lstm" else 3
 
     @property
+    def blocks(self) -> int:
+        """Of gradients: the gates', and that of Selective's coordinator."""
+        return self.gates + (self.policy == "selective")
+
+    @property
     def tiles(self) -> int:
         return -(-self.batch // ROWS)
 
@@ -72,7 +77,8 @@ class Layout(NamedTuple):
     def parts(self) -> list[int]:
         """Elements of float32 that backward needs: what the lanes keep, [h, x, 1], and the GRU's [r * h, x, 1]."""
         rows = self.runs * self.steps * self.batch * self.width // 2
-        kept = 4 if self.cell == "gru" else 7 if self.policy == "skip" else 6
+        learned, neurons = self.policy in ("skip", "selective"), self.policy in ("random_neurons", "selective")
+        kept = (4 if self.cell == "gru" else 6 + learned) + neurons
         lanes = self.runs * self.steps * self.tiles * 32 * self.warps
         return [4 * kept * lanes, rows, rows if self.cell == "gru" else 0]
 
@@ -109,7 +115,7 @@ def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
         (*rows, layout.hidden),
         (layout.runs, problem.entries * layout.batch * layout.hidden),
         (layout.runs, 2, layout.batch) if skip else (0,),
-        rows,
+        (*rows, layout.hidden) if problem.by_neuron else rows,
         (sum(layout.parts()) if save else 0,),
         (layout.runs, layout.steps, 3, layout.batch) if skip and save else (0,),
         (0,),
@@ -141,11 +147,14 @@ def _fragments(layout: Layout, matrix: Tensor, transposed: bool) -> Tensor:
     return parts.permute(0, 6, 1, 5, 7, 8, 3, 2, 4).contiguous()
 
 
-def _skip_weights(layout: Layout, policy_weights: Sequence[Tensor]) -> dict[str, Tensor | None]:
-    if layout.policy != "skip":
-        return {}
-    w_p, b_p = policy_weights
-    return {"w_p": torch.nn.functional.pad(w_p, (0, layout.width - layout.hidden)), "b_p": b_p.contiguous()}
+def _policy_weights(layout: Layout, weights: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    padding = 0, layout.width - layout.hidden
+    if layout.policy == "skip":
+        return {"w_p": torch.nn.functional.pad(weights[0], padding), "b_p": weights[1].contiguous()}
+    if layout.policy == "selective":
+        rows = torch.cat([weights[0].mT, weights[1].unsqueeze(1), weights[2].unsqueeze(1)], 1)
+        return {"coordinator": torch.nn.functional.pad(rows, padding), "slope": weights[3].contiguous()}
+    return {}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -175,7 +184,7 @@ def forward(problem: Problem, save: bool) -> Outputs:
         "output": output,
         "updates": updates,
         "kept_gate": saved_gate,
-        **_skip_weights(layout, problem.policy_weights),
+        **_policy_weights(layout, problem.policy_weights),
         **(_split(layout, saved) if save else {}),
     }
     launch(layout, "forward", {"SAVE": int(save), "D_OUTPUT": 0}, tensors)
@@ -193,7 +202,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     if arriving.final is not None:
         d_states[..., :hidden] = arriving.final.view(layout.runs, entries, layout.batch, hidden)
     d_gate = x.new_zeros(layout.runs, 2, layout.batch) if arriving.final_gate is None else arriving.final_gate.clone()
-    d_pre = x.new_empty(layout.runs, layout.steps * layout.batch, layout.gates * layout.width, dtype=torch.bfloat16)
+    d_pre = x.new_empty(layout.runs, layout.steps * layout.batch, layout.blocks * layout.width, dtype=torch.bfloat16)
     d_w_p, d_b_p = x.new_empty(layout.runs, layout.tiles, layout.width), x.new_empty(layout.runs, layout.tiles)
     kept = _split(layout, outputs.saved)
     tensors: dict[str, Tensor | None] = {
@@ -209,23 +218,33 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         "d_pre": d_pre,
         "d_w_p": d_w_p,
         "d_b_p": d_b_p,
-        **_skip_weights(layout, problem.policy_weights),
+        **_policy_weights(layout, problem.policy_weights),
     }
     launch(layout, "backward", {"SAVE": 1, "D_OUTPUT": int(arriving.output is not None)}, tensors)
-    first, second = d_pre.split([left * layout.width, d_pre.shape[2] - left * layout.width], 2)
-    products = [summed_product(layout.rows(kept["read"]), first)]
-    if kept["reset"].numel():
-        products.append(summed_product(layout.rows(kept["reset"]), second))
-    product = torch.cat(products, 2)
-    product = product.view(layout.runs, layout.width, layout.gates, layout.width)[..., :hidden].permute(0, 2, 3, 1)
-    d_weights = [product[..., hidden:below], product[..., :hidden], product[..., below]]
+    sizes = [left * layout.width, (layout.gates - left) * layout.width, (layout.blocks - layout.gates) * layout.width]
+    reads = [kept["read"], kept["reset"], kept["read"]]
+    products = [
+        summed_product(layout.rows(read), part)
+        for read, part in zip(reads, d_pre.split(sizes, 2), strict=True)
+        if part.numel()
+    ]
+    shape = layout.runs, layout.width, layout.blocks, layout.width
+    product = torch.cat(products, 2).view(shape)[..., :hidden].permute(0, 2, 3, 1)  # (R, blocks, H, W)
+    d_blocks = product[:, : layout.gates]
+    d_weights = [d_blocks[..., hidden:below], d_blocks[..., :hidden], d_blocks[..., below]]
     found = [d_states[:, entry, :, :hidden] for entry in range(entries)]
     found += [part.flatten(1, 2) for part in d_weights]
     if skip:
         found += [*d_gate.unbind(1), d_w_p.sum(1)[:, :hidden], d_b_p.sum(1)]
+    if layout.policy == "selective":
+        of_read = product[:, -1]
+        found += [of_read[..., hidden:below], of_read[..., :hidden].diagonal(dim1=1, dim2=2), of_read[..., below]]
+        found += [torch.zeros_like(problem.policy_weights[3])]
     d_x = x.new_empty(0)
     if needs_input:
         of_x = matrix[:, hidden:below].flatten(2).to(torch.bfloat16)
+        if layout.policy == "selective":
+            of_x = torch.cat([of_x, tensors["coordinator"][:, : layout.inputs].to(torch.bfloat16)], 2)
         d_x = product_of(d_pre, of_x.mT).view(layout.runs, layout.steps, layout.batch, layout.inputs).transpose(1, 2)
     own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in (d_x, *found)]
     return Gradients.of(own, problem)
