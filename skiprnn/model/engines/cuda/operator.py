@@ -244,7 +244,8 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     if needs_input:
         of_x = matrix[:, hidden:below].flatten(2).to(torch.bfloat16)
         if layout.policy == "selective":
-            of_x = torch.cat([of_x, tensors["coordinator"][:, : layout.inputs].to(torch.bfloat16)], 2)
+            padded = torch.nn.functional.pad(problem.policy_weights[0].mT, (0, layout.width - hidden))
+            of_x = torch.cat([of_x, padded.to(torch.bfloat16)], 2)
         d_x = product_of(d_pre, of_x.mT).view(layout.runs, layout.steps, layout.batch, layout.inputs).transpose(1, 2)
     own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in (d_x, *found)]
     return Gradients.of(own, problem)
