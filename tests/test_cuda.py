@@ -86,6 +86,16 @@ def test_several_runs_in_one_launch(emulated, cell, policy, loss):
         assert (one - other).norm() <= 2 * contact.TOLERANCE * one.norm() + 1e-12
 
 
+@pytest.mark.parametrize("policy", ["skip", "selective"])
+def test_what_is_nan_shows(emulated, policy):
+    """In the state, whatever is decided; as in the reference."""
+    rnn, x = small("lstm", policy, 2, 13, 0), torch.randn(2, 5, 2)
+    x[0, 3] = torch.nan
+    with torch.no_grad():
+        (result,) = engines.run_packed("cuda", [rnn.prepare(x)])
+    assert result.states[0][0].isnan().all(1).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
     ("network", "reason"),
     [

@@ -38,6 +38,11 @@ __device__ __forceinline__ float ex2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ __forceinline__ float least(float x, float bound) {  // nan if x is
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+    return y;
+}
 __device__ __forceinline__ float rcp(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -110,8 +115,8 @@ __device__ __forceinline__ float tanh_of(float x) { return 2 * rcp(1 + ex2(-2.88
 // x' = exp(-x), or exp(-2 x) of j, each is a quotient by 1 + x'. Bounded, for the product of the four must not overflow.
 __device__ __forceinline__ void lstm_gates(float (&a)[4]) {
     constexpr float LOG2_E = 1.4426950408889634f, BOUND = 30;
-    float i = 1 + ex2(fminf(-LOG2_E * a[0], BOUND)), f = 1 + ex2(fminf(-LOG2_E * a[2], BOUND));
-    float o = 1 + ex2(fminf(-LOG2_E * a[3], BOUND)), of_j = ex2(fminf(-2 * LOG2_E * a[1], BOUND)), j = 1 + of_j;
+    float i = 1 + ex2(least(-LOG2_E * a[0], BOUND)), f = 1 + ex2(least(-LOG2_E * a[2], BOUND));
+    float o = 1 + ex2(least(-LOG2_E * a[3], BOUND)), of_j = ex2(least(-2 * LOG2_E * a[1], BOUND)), j = 1 + of_j;
     float ij = i * j, fo = f * o, inverse = rcp(ij * fo), inverse_ij = inverse * fo, inverse_fo = inverse * ij;
     a[0] = j * inverse_ij, a[1] = (1 - of_j) * i * inverse_ij, a[2] = o * inverse_fo, a[3] = f * inverse_fo;
 }
@@ -303,7 +308,7 @@ struct Coordinator {
 // Skip's gate of a row.
 struct Gate {
     float q, s;
-    __device__ __forceinline__ float accumulated() const { return s + fminf(q, 1 - s); }
+    __device__ __forceinline__ float accumulated() const { return s + least(q, 1 - s); }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments a) {
@@ -381,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
         for (int i = 0; i < 2; i++) {
             on[i] = t < me.length[i];
             if (POLICY == RANDOM_STEPS) on[i] = on[i] && draw[i] > 0.5f;
-            if (SKIPS) on[i] = on[i] && gate[i].accumulated() > 0.5f;
+            if (SKIPS) on[i] = on[i] && !(gate[i].accumulated() <= 0.5f);  // what is nan shows
             before[i] = on[i];
             if (!NEURONS && me.writes && me.exists[i]) a.updates[me.sequence[i] * a.T + t] = on[i];
             if (POLICY == RANDOM_STEPS && t + 1 < a.T) draw[i] = a.draw[me.sequence[i] * a.T + t + 1];
@@ -394,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const Arguments
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     float value = SELECTS ? coordinator.value(h[n][e], n, e) : draws[n][e];
-                    bool updates = on[e >> 1] && value > 0.5f;
+                    bool updates = on[e >> 1] && !(value <= 0.5f);  // what is nan shows
                     bits |= (u32)updates << (4 * n + e);
                     if (SELECTS) bits |= (u32)(on[e >> 1] && value >= 0 && value <= 1) << (8 + 4 * n + e);
                     update[n][e] = updates;
