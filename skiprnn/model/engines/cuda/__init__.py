@@ -23,13 +23,15 @@ CAPABILITY = (8, 0)  # of the tensor cores' instructions that the kernels use
 
 def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
     """Why the engine does not serve; None if it does."""
+    if reason := unknown(cells, policy) or unfit(cells, policy):
+        return reason
     if x.device.type != "cuda" or torch.version.cuda is None:
         return f"it runs on NVIDIA's GPUs; x is on {x.device}"
     if x.dtype != torch.float32:
         return f"it computes in float32; x is {x.dtype}"
     if torch.backends.cudnn.rnn.fp32_precision == "ieee":  # type: ignore[attr-defined]
         return "it has tf32's precision; torch.backends.cudnn.rnn.fp32_precision is 'ieee'"
-    if reason := unknown(cells, policy) or unfit(cells, policy) or nvrtc.missing():
+    if reason := nvrtc.missing():
         return reason
     if torch.cuda.get_device_capability(x.device) < CAPABILITY:
         return f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
