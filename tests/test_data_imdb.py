@@ -11,6 +11,7 @@ import pytest
 import torch
 from gensim.models import KeyedVectors
 
+from skiprnn.data import imdb
 from skiprnn.data.base import MIRROR, DataError
 from skiprnn.data.imdb import LABELLED, OFFICIAL, IMDb, read_reviews
 
@@ -176,6 +177,43 @@ def test_a_link_in_an_archive_is_no_review(target, root, tmp_path_factory, monke
     monkeypatch.setenv(MIRROR, str(mirror))
     with pytest.raises(DataError, match=r"aclImdb_labelled.tar.gz is corrupt or truncated .*; delete it|11 reviews"):
         loaded(elsewhere)
+
+
+def packed(path: Path, *members: tuple[tarfile.TarInfo, bytes], after: bytes = b"") -> None:
+    """An archive of these members, and no more than these bytes of them, whatever they say."""
+    content = io.BytesIO()
+    for member, held in members:
+        content.write(member.tobuf(tarfile.PAX_FORMAT) + held)
+    content.write(after)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content.getvalue()))
+
+
+def info(name: str, size: int, **pax: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(f"aclImdb/{name}")
+    member.size, member.pax_headers = size, pax
+    return member
+
+
+@pytest.mark.parametrize(
+    ("members", "after", "complaint"),
+    [
+        ([(info("train/pos/0_9.txt", 2**33), b"good")], b"", r"train/pos/0_9.txt says it has 8,589,934,592 bytes"),
+        ([(info("train/unsup/0_0.txt", 2**21), bytes(2**21))], b"", "it holds more than 1,048,576 bytes"),
+        ([(info("train/pos/0_9.txt", 0, comment="x" * 2**21), b"")], b"", "it holds more than 1,048,576 bytes"),
+        ([], bytes(2**21), "it holds more than 1,048,576 bytes"),
+    ],
+    ids=["review", "other file", "header", "after the end"],
+)
+def test_an_archive_that_unpacks_to_far_more_than_the_data_set_is_refused(
+    members, after, complaint, tmp_path, monkeypatch
+):
+    """Before it is read, where it says so itself; a review of 8 GB is told by its header."""
+    monkeypatch.setattr(imdb, "LARGEST", 2**20)
+    packed(tmp_path / LABELLED.name, *members, after=after)
+    assert (tmp_path / LABELLED.name).stat().st_size < 2**14
+    with pytest.raises(DataError, match=complaint):
+        read_reviews(tmp_path / LABELLED.name)
 
 
 def test_too_few_reviews_are_said(root):

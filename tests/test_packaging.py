@@ -211,6 +211,48 @@ def test_a_command_gets_its_arguments(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: skiprnn bench [-h] [--quick]")
 
 
+COMPLETED = """
+eval "$(skiprnn -sc install=bash)"
+complete -p skiprnn
+for COMP_LINE in "skiprnn t" "skiprnn train -m --detach model=sk"; do
+    typed=($COMP_LINE)
+    COMP_CWORD=$((${#typed[@]} - 1))
+    hydra_bash_completion
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+def test_bash_completes_commands_and_settings(tmp_path):
+    """As docs/sweeps.md installs it, with the console command as pip writes it."""
+    (tmp_path / "skiprnn").write_text(f"#!{sys.executable}\nfrom skiprnn.__main__ import main\nmain()\n")
+    (tmp_path / "skiprnn").chmod(0o755)
+    there = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", COMPLETED], env=there, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    registered, names, settings = done.stdout.splitlines()
+    assert registered.split()[-2:] == ["hydra_bash_completion", "skiprnn"]
+    assert (names, settings) == ("train tables", "model=skip_gru model=skip_lstm")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("skiprnn ", list(console.COMMANDS)),
+        ("skiprnn tables experiment=digits model=sk", ["model=skip_gru", "model=skip_lstm"]),
+        ("skiprnn train model.cost", ["model.cost_per_sample="]),
+        ("skiprnn train mod", ["model.", "model="]),
+        ("skiprnn train model=nothing data=dig", ["data=digits"]),
+        ("skiprnn evaluate mod", []),
+    ],
+)
+def test_what_completes_a_line(line, expected, monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setattr(sys, "argv", ["skiprnn", "-sc", "query=bash"])
+    console.main()
+    assert capsys.readouterr().out.split() == expected
+
+
 def test_a_command_without_its_extra_says_which(monkeypatch):
     for module in ("skiprnn.dashboard", "skiprnn.views.page"):
         monkeypatch.delitem(sys.modules, module, raising=False)

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ OFFICIAL = Source(
     ["https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"],
 )
 LABELLED = Source("imdb/aclImdb_labelled.tar.gz")  # the same without the unlabelled half, as a mirror may hold it
+LARGEST = 2**30  # bytes that an archive may unpack to: of the 50,000 labelled reviews it is 0.1 GB
+LONGEST = 2**20  # bytes of a review; the longest has 13,704
 REVIEW = re.compile(r"(?:.*/)?((?:train|test)/(?:neg|pos)/(\d+)_\d+\.txt)")
 CLASSES = ("neg", "pos")
 SPLIT_SEED = 0  # fixed, so that every run is judged on the same reviews
@@ -269,6 +272,23 @@ def check_vectors(file: Path) -> None:
         raise ValueError(f"its first line says {words} words of width {width}, more than it can hold")
 
 
+class Bounded:
+    """A file of which no more than `most` bytes are read, whatever asks for them.
+
+    Raises:
+        ValueError: by `read`; there are more.
+    """
+
+    def __init__(self, file: gzip.GzipFile, most: int):
+        self.file, self.most = file, most
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        if self.file.tell() > self.most:
+            raise ValueError(f"it holds more than {self.most:,} bytes, far more than the data set")
+        return content
+
+
 def read_reviews(source: Path) -> dict[str, str]:
     """The labelled reviews in an aclImdb folder or archive, by name: "train/pos/0_9.txt".
 
@@ -282,10 +302,13 @@ def read_reviews(source: Path) -> dict[str, str]:
             files = {path.relative_to(source).as_posix(): path for path in source.glob("*/*/*.txt")}
             return {name: path.read_text("utf-8") for name, path in files.items() if REVIEW.fullmatch(name)}
         reviews = {}
-        with gzip.open(source) as raw:  # tarfile's own decompression takes a truncated file for a short one
+        with gzip.open(source) as packed:  # tarfile's own decompression takes a truncated file for a short one
+            raw: Any = Bounded(packed, LARGEST)
             with tarfile.open(fileobj=raw, mode="r|") as archive:
                 for member in archive:
                     match = REVIEW.fullmatch(member.name)
+                    if match and member.size > LONGEST:
+                        raise ValueError(f"{match[1]} says it has {member.size:,} bytes, which no review has")
                     if match and (file := archive.extractfile(member)):
                         reviews[match[1]] = file.read().decode("utf-8")
             while raw.read(2**20):  # to the checksum at its end
