@@ -1,15 +1,21 @@
 """The CUDA engine's kernels, run on the CPU thread by thread, beside the reference engine."""
 
 import functools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from cuda_on_cpu import build
+from torch.nn import functional
 
 from skiprnn.model import engines
 from skiprnn.model.engines import contact, cuda, trial
 from skiprnn.model.engines.cuda import nvrtc, operator
 from skiprnn.model.recurrent import Recurrent
+from skiprnn.training import job
+
+ROOT = Path(__file__).parents[1]
 
 VARIANTS = [
     pytest.param(one, marks=() if one.policy in ("skip", "selective") else pytest.mark.slow)
@@ -110,3 +116,25 @@ def test_what_does_not_fit_is_refused(network, reason):
     rnn = Recurrent(*network)
     found = cuda.unfit(rnn.cells, rnn.policy)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "cosine"),
+    [("lstm", 0.9999), ("gru", 0.999), ("skip_gru_lambda0.0001", 0.999), ("skip_lstm_lambda0.0001", 0.99)],
+)
+def test_gradients_of_trained_networks_over_784_steps(emulated, row, cosine, tmp_path):
+    """Where rounding has most to add up over; of Skip, a decision on the edge falls either way."""
+    if "SKIPRNN_MIRROR" not in os.environ:
+        pytest.skip("SKIPRNN_MIRROR names no folder with mnist")
+    (file,) = (ROOT / "results" / "table1-paper" / "checkpoints" / "mnist" / row).glob("*/last.safetensors")
+    module = job.load(file, data_root=str(tmp_path), device="cpu", engine="native")
+    inputs, targets, *_ = next(iter(module.data.training_batches(0)))
+    found = []
+    for engine in ("native", "cuda"):
+        module.zero_grad()
+        (result,) = engines.run_packed(engine, [module.network.rnn.prepare(inputs[:16])])
+        loss = functional.cross_entropy(module.network.readout(result.states[-1][0]), targets[:16])
+        (loss + 1e-4 * result.updates.sum(1).mean()).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
+    assert functional.cosine_similarity(*found, dim=0) > cosine
