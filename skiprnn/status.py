@@ -11,7 +11,7 @@ from pathlib import Path
 
 from skiprnn.papers.plan import PlannedRun, saved_plans
 from skiprnn.training import cluster
-from skiprnn.training.config import ConfigError
+from skiprnn.training.config import ConfigError, arguments_of
 from skiprnn.training.folder import locked_files
 
 STATES = ("complete", "running", "queued", "stopped", "failed", "waiting")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("output", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders")
     try:
-        print(report(parser.parse_args(arguments).output))
+        print(report(arguments_of(parser, arguments).output))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

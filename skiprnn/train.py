@@ -43,7 +43,7 @@ def train(config: DictConfig) -> float:
             raise ConfigError(f"pack={run.pack} is for many runs: add -m, and seed=0,1")
         if HydraConfig.initialized():
             command = HydraConfig.get()
-            configs.require_own_profile(command.runtime.choices)
+            configs.require_own_profile(command)
             configs.require_experiment(command.overrides.task)
         (record,) = job.train([run], picture)
     except job.USER_ERRORS as error:

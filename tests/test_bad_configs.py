@@ -374,7 +374,11 @@ HYDRA = [
     ("--config-dir nowhere", "Additional config directory .*nowhere' not found"),
     ("--config-name nothing", "Cannot find primary config 'nothing'"),
     (f"seed={5000 * '9'}", "Exceeds the limit"),
-    ("profile=mnist/smoke", "profile=mnist/smoke is not for data=digits: add profile=digits/NAME, of cpu, quickstart"),
+    (
+        "profile=mnist/smoke",
+        "is not for data=digits: add experiment=NAME or data=mnist, or profile=digits/NAME, of cpu",
+    ),
+    ("-m profile=mnist/smoke seed=0,1", "profile=mnist/smoke is not for data=digits: add experiment=NAME or "),
     ("data=adding", "profile=digits/cpu is not for data=adding: add profile=adding/NAME, of cpu, paper, smoke"),
     ("-m data=adding", "profile=digits/cpu is not for data=adding"),
     ("-m data=adding,digits", "profile=digits/cpu is not for data=adding"),

@@ -261,6 +261,22 @@ def test_extracted_features_are_those_of_the_frames(tmp_path, videos, weights):
     assert np.abs(features - expected).max() < 0.05 * np.abs(expected).max()
 
 
+def test_extract_keeps_a_name_with_a_comma_and_leaves_out_one_of_two_lines(tmp_path, weights, capsys):
+    names = ['v_one, "two"_g01_c01', "v_two\nlines_g01_c01", "v_last_g01_c01"]
+    for name in names:
+        film(tmp_path / "videos" / "a, b" / f"{name}.avi", [30, 90, 150], 25)
+    store, given = tmp_path / "store", ["--backbone", "mobilenet_v2", "--weights", str(weights), "--device", "cpu"]
+    for _ in range(2):  # the second time, what is stored is read
+        assert main(["extract", "--videos", str(tmp_path / "videos"), "--store", str(store), *given]) == 0
+        said = capsys.readouterr()
+        assert "left out: 'v_two\\nlines_g01_c01'" in said.err
+        assert "2 clips of 1 classes; 1 videos left out" in said.out
+    clips = FeatureStore(store).clips
+    assert [(clip.name, clip.action) for clip in clips] == [
+        (name, "a, b") for name in sorted(names) if "\n" not in name
+    ]
+
+
 def test_extract_without_videos_says_so(tmp_path, videos, weights, capsys):
     arguments = ["--store", str(tmp_path / "store"), "--backbone", "mobilenet_v2", "--weights", str(weights)]
     assert main(["extract", "--videos", str(tmp_path / "absent"), *arguments]) == 1

@@ -93,6 +93,13 @@ def test_many_runs_of_a_kind_are_counted(planned, queue, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("arguments", [["--verbose"], ["outputs", "others"]])
+def test_bad_arguments_get_one_line(arguments, capsys):
+    with pytest.raises(SystemExit, match=rf"^error: unrecognized arguments: {arguments[-1]}; see --help$"):
+        status.main(arguments)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_no_sweeps(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*no sweeps here; give the folder that was output= of one"):
         status.main([str(tmp_path)])

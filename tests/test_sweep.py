@@ -138,9 +138,10 @@ def test_other_sweepers_search_by_the_score_or_a_target_of_updates(target, tmp_p
 
 
 def test_hydras_own_sweeper_works(tmp_path):
-    options = ["hydra/sweeper=basic", "seed=0,1", *SMALL, "training.epochs=1", f"output={tmp_path}"]
-    done = command("-m", *options, cwd=tmp_path)  # where Hydra leaves its multirun.yaml
+    options = ["hydra/sweeper=basic", "seed=0,1", *SMALL, "training.epochs=1"]
+    done = command("-m", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["outputs"], "Hydra's multirun.yaml is left elsewhere"
     assert len(list(tmp_path.rglob("record.json"))) == 2
 
 

@@ -543,6 +543,7 @@ def test_a_damaged_published_record_or_another_runs_is_refused(planned, tmp_path
     ("arguments", "message"),
     [
         (["profile=digits/cpu"], "error: output=outputs: none of the 1 runs is complete; .*experiment=NAME"),
+        (["profile=mnist/cpu"], "error: profile=mnist/cpu is not for data=digits: add experiment=NAME or data=mnist"),
         (["experiment=table9"], "error: experiment=table9: there are .*table1"),
         (["experiment=table1", "profile=mnist/paper", "nonsense=1"], "error: .*nonsense"),
         (["experiment=table1", "profile=mnist/weekend"], "error: .*profile/mnist/weekend"),

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -299,7 +299,7 @@ def read(config: "DictConfig") -> RunConfig:
         ConfigError: unknown key, wrong type, or a value out of its range.
     """
     if "hydra" in config:
-        require_own_profile(config.hydra.runtime.choices)
+        require_own_profile(config.hydra)
     sweep = read_sweep(config)
     run = _checked(RunConfig, config, [str(key) for key in config if key != "hydra" and not hasattr(sweep, str(key))])
     assert isinstance(run, RunConfig)
@@ -349,18 +349,20 @@ def is_of_hydra(error: Exception) -> bool:
     return Path(hydra.__file__).parent in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
 
 
-def require_own_profile(choices: Mapping[str, Any]) -> None:
+def require_own_profile(command: Any) -> None:
     """Raises ConfigError where a data set that has profiles would be trained by another one's; conf/profile/NAME.yaml,
     in no data set's folder, is for any.
 
     Args:
-        choices: of Hydra's config groups.
+        command: Hydra's own config: what was typed, and the choices of config groups.
     """
-    data, profile = choices["data"], choices["profile"]
+    data, profile = command.runtime.choices["data"], command.runtime.choices["profile"]
     own = {file.stem for folder in (packaged("conf"), Path("conf")) for file in folder.glob(f"profile/{data}/*.yaml")}
+    typed = any(one.startswith(("experiment=", "data=")) for one in command.overrides.task)
+    whose = "" if typed else f"experiment=NAME or data={str(profile).partition('/')[0]}, or "
     _require(
         not own or "/" not in str(profile) or str(profile).startswith(f"{data}/"),
-        f"profile={profile} is not for data={data}: add profile={data}/NAME, of {', '.join(sorted(own))}",
+        f"profile={profile} is not for data={data}: add {whose}profile={data}/NAME, of {', '.join(sorted(own))}",
     )
 
 

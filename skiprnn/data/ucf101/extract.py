@@ -192,11 +192,10 @@ def extract(
         frames = ahead(pool, network.read, missing, workers)
         for video, future in track(frames, f"{len(missing)} of {len(wanted)} videos", total=len(missing)):
             try:
-                images = future.result()
+                features = network.features(future.result(), batch_size, chosen)
+                writer.append(video.stem, video.parent.name, features)
             except DataError as error:
                 broken.append(error)
-                continue
-            writer.append(video.stem, video.parent.name, network.features(images, batch_size, chosen))
     return broken
 
 

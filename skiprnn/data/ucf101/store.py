@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,10 +101,18 @@ class StoreWriter:
         features.truncate(features.tell() + self.rows * width * dtype.itemsize)
 
     def append(self, name: str, action: str, features: np.ndarray) -> None:
-        """Add the features (frames, F) of a clip."""
+        """Add the features (frames, F) of a clip.
+
+        Raises:
+            DataError: a name that takes more than a line of the index.
+        """
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow([name, action, self.rows, len(features)])
+        line = text.getvalue()
+        if len(line.splitlines()) > 1:
+            raise DataError(f"{name!r} of class {action!r}: a clip's name and class must fit on a line; rename it")
         self.features.seek(0, 2)
         self.features.write(np.ascontiguousarray(features, dtype=self.dtype).tobytes())
-        line = f"{name},{action},{self.rows},{len(features)}\n"
         self.rows += len(features)
         write_header(self.features, self.rows, self.width, self.dtype)
         self.index.seek(0, 2)
