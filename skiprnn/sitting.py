@@ -56,7 +56,7 @@ def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
 
 def candidates(device: torch.device) -> list[str]:
     """Engines that a step of all runs may take; those first that are likely to be fast."""
-    return ["cuda", "triton", "batched", "fused"] if device.type == "cuda" else ["batched"]
+    return ["cuda", "triton", "batched"] if device.type == "cuda" else ["batched"]
 
 
 def measure(runs: Sequence[RunConfig], steps: int) -> float:

@@ -148,7 +148,7 @@ RUNS = [
     ("threads=100000000", "threads=100000000: must be at most 1024"),
     ("threads=many", "threads: Value 'many'"),
     ("threads=1.5", "threads: Value '1.5'"),
-    ("engine=steam", "engine=steam: there are auto, reference, compact, native, batched, fused, triton"),
+    ("engine=steam", "engine=steam: there are auto, reference, compact, native, batched, triton"),
     ("engine=null", "engine: Incompatible value 'None'"),
     ("engine=compact", "on digits: the compact engine can't run this: a learned"),
     ("device=tpu", "device=tpu: there are auto, cpu, cuda"),

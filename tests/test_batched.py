@@ -1,4 +1,4 @@
-"""The batched engine, and its compiled steps, against the reference engine, in float64 on the CPU."""
+"""The batched engine against the reference engine, in float64 on the CPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from skiprnn.model import engines
-from skiprnn.model.engines import batched, fused, operator
+from skiprnn.model.engines import batched, operator
 from skiprnn.model.engines.operator import Arriving, by_layers, problem_of, run_stacked
 from skiprnn.model.policies import POLICIES
 
@@ -37,30 +37,6 @@ def test_batched_equals_reference(cell, policy, sizes, bias, ragged, given_state
         rnn = network(cell, policy, inputs, hidden, layers, engine, seed, bias, epoch, dtype=torch.float64)
         runs.append(results(rnn, x, seed, state, lengths))
     assert_equal(runs[1], runs[0], 1e-10)
-
-
-def compare_fused(cell, policy, layers):
-    """Two batches, of which the second finds the steps compiled."""
-    torch.manual_seed(0)
-    for x in torch.randn(2, 3, 6, 2, dtype=torch.float64):
-        runs = []
-        for engine in ("reference", "fused"):
-            rnn = network(cell, policy, 2, 5, layers, engine, bias=-0.5, dtype=torch.float64)
-            runs.append(results(rnn, x, 1, lengths=torch.tensor([6, 3, 0])))
-        assert_equal(runs[1], runs[0], 1e-10)
-
-
-def test_compiled_steps_equal_the_reference():
-    before = len(fused._compiled)
-    compare_fused("gru", "skip", 1)
-    assert len(fused._compiled) == before + 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("policy", "layers"), [*((policy, 1) for policy in POLICIES), ("skip", 2)])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_all_compiled_steps_equal_the_reference(cell, policy, layers):
-    compare_fused(cell, policy, layers)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

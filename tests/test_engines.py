@@ -503,7 +503,7 @@ def test_auto_takes_what_serves():
         SkipLSTM(3, 4, engine="compact", batch_first=True)(x)
     with pytest.raises(ValueError, match="unknown engine"):
         SkipLSTM(3, 4, engine="nativ")
-    assert set(engines.ENGINES) == {"reference", "compact", "native", "batched", "fused", "triton", "cuda"}
+    assert set(engines.ENGINES) == {"reference", "compact", "native", "batched", "triton", "cuda"}
 
 
 NO_COMPILER = """

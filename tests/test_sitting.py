@@ -115,7 +115,7 @@ def test_the_fastest_engine_is_taken_for_each_model(planned, monkeypatch, engine
         return 0, [{"engine": engine, "row": row, "seconds": taken} for engine, row, taken in lines]
 
     monkeypatch.setattr(sitting.Sitting, "child", child)
-    engines({"fused": "it fails", "triton": 0.0, "batched": 1e-4})
+    engines({"cuda": "it fails", "triton": 0.0, "batched": 1e-4})
     for _ in range(2):
         one = sitting.Sitting(planned, device="cpu")
         one.choose(lambda: 1e9)
@@ -145,13 +145,13 @@ def test_an_engine_that_brings_the_timing_down_is_left_out(planned, monkeypatch,
 
 
 def test_an_engine_twice_as_slow_is_timed_for_the_first_model_alone(planned, monkeypatch, engines, capsys):
-    times = {"triton": 0.1, "batched": 0.19, "fused": 0.21}
+    times = {"triton": 0.1, "batched": 0.19, "cuda": 0.21}
     monkeypatch.setattr(sitting, "measure", lambda runs, steps: times[runs[0].engine])
     monkeypatch.setattr(sitting, "measure_torch", lambda run, steps: 0.3)
     engines(dict.fromkeys(times, 0.0))
     sitting.timed(sitting.Sitting(planned, device="cpu"), list(times))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert Counter(line["engine"] for line in lines if "row" in line) == {"triton": 3, "batched": 3, "fused": 1}
+    assert Counter(line["engine"] for line in lines if "row" in line) == {"triton": 3, "batched": 3, "cuda": 1}
     assert [line["seconds"] for line in lines if "torch" in line] == [0.3]
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines import batched, compact, contact, cuda, fused, native, reference, triton
+from skiprnn.model.engines import batched, compact, contact, cuda, native, reference, triton
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.policies import Policy, Skip
 
@@ -28,11 +28,10 @@ ENGINES: dict[str, Engine] = {
     "compact": compact,
     "native": native,
     "batched": batched,
-    "fused": fused,
     "triton": triton,
     "cuda": cuda,
 }
-SHARED = {"batched": batched, "fused": fused, "triton": triton, "cuda": cuda}  # several runs in one launch
+SHARED = {"batched": batched, "triton": triton, "cuda": cuda}  # several runs in one launch
 
 
 def check(name: str) -> None:

@@ -1,7 +1,7 @@
 """The batched engine: plain torch operations step by step, of all runs that share a launch at once; backward by hand.
 
 It runs on any device, and has no shape or branch that depends on data, so that a CUDA graph can record it. A step is
-some thirty operations; of the fused engine, few.
+some thirty operations.
 
 Shapes: R runs, B batch, T steps, I input, H hidden of a layer, G gates, K = H + I + 1, X columns of a layer's weight.
 A layer's weights are one matrix over [h, x, 1] (R, K, X), whose columns are the cell's gates. Selective's coordinator
@@ -10,7 +10,7 @@ reads [r * h, x, 1].
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -425,9 +425,8 @@ def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     ]
 
 
-def forward(problem: Problem, save: bool, step: Callable[..., None] = forward_step) -> Outputs:
-    """skiprnn::recurrence of R runs at once; step: what computes all steps but the last, which leaves what it finds
-    elsewhere."""
+def forward(problem: Problem, save: bool) -> Outputs:
+    """skiprnn::recurrence of R runs at once."""
     x, loop = problem.x, _Loop(problem)
     output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(size) for size in shapes(problem, save))
     whole, last = loop.views(saved)
@@ -447,8 +446,8 @@ def forward(problem: Problem, save: bool, step: Callable[..., None] = forward_st
     decided, deciding = loop.decisions(updates).unbind(2), loop.deciding()
     with _precision(x):
         for t, now in enumerate(steps):
-            function, after = (step, places[t]) if t < len(places) else (forward_step, final)
-            function(problem.cell, problem.policy, layers, now, deciding[t], gate, after, kept_gates[t], decided[t])
+            after = places[t] if t < len(places) else final
+            forward_step(problem.cell, problem.policy, layers, now, deciding[t], gate, after, kept_gates[t], decided[t])
     if gate:
         last_gate.copy_(torch.cat(gate, 2).transpose(1, 2))
     last.copy_(final[-1][-1])
@@ -458,14 +457,8 @@ def forward(problem: Problem, save: bool, step: Callable[..., None] = forward_st
     return Outputs(output, flat, last_gate, updates, saved, saved_gate, projected)
 
 
-def backward(
-    problem: Problem,
-    outputs: Outputs,
-    arriving: Arriving,
-    needs_input: bool,
-    step: Callable[..., None] = backward_step,
-) -> Gradients:
-    """skiprnn::recurrence_backward of R runs at once; step: what computes a step."""
+def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
+    """skiprnn::recurrence_backward of R runs at once."""
     x, loop = problem.x, _Loop(problem)
     whole, last = loop.views(outputs.saved)
     rows = loop.runs, loop.batch
@@ -497,7 +490,7 @@ def backward(
     )
     with _precision(x):
         for now, deciding, kept_gate, u, d_output, d_u, d_block, logit in reversed(list(each)):
-            step(
+            backward_step(
                 problem.cell,
                 problem.policy,
                 layers,
