@@ -154,6 +154,34 @@ def test_steps_and_seconds_until_an_accuracy_is_reached():
     assert claims.evaluate(test, [known, unknown], "").measured == "median 4 (3 of 3 runs) against 6 (3 of 3 runs)"
 
 
+def test_seconds_that_runs_share_are_nobodys(tmp_path):
+    """Where a run was trained beside others, or nobody knows where, its steps count, its seconds do not."""
+    experiment = experiments.load("table1")
+    (file, *_) = sorted((RESULTS / "table1" / "records").glob("*/gru/*.json"))
+    content, epochs = json.loads(file.read_bytes()), file.with_suffix(".csv").read_bytes()
+    (tmp_path / "records/mnist/gru").mkdir(parents=True)
+    alone, shared = {"device": "x", "engine": "y", "pack": 1}, {"device": "x", "engine": "y", "pack": 6}
+    counted = {}
+    for name, places in {"old": None, "own": [alone], "shared": [alone, shared], "unknown": []}.items():
+        run = content if places is None else content | {"places": places}
+        copy = tmp_path / "records/mnist/gru/run.json"
+        copy.write_text(json.dumps(run))
+        copy.with_suffix(".csv").write_bytes(epochs)
+        evidence = claims.published(experiment, tmp_path)["GRU"]
+        counted[name] = [evidence.runs({"statistic": "time", "in": unit}) for unit in ("steps", "seconds")]
+    assert counted == {"old": [1, 1], "own": [1, 1], "shared": [1, 0], "unknown": [1, 0]}
+
+
+def test_a_time_is_tested_on_the_runs_that_have_it():
+    test = {"statistic": "time", "reaching": 0.9, "in": "seconds"}
+    own, shared = reaching(2, 2, 2, cpu_seconds=5.0), reaching(9)
+    shared.curves[0] = shared.curves[0].drop(columns="seconds")
+    both = row([record()] * 4, curves=own.curves + shared.curves)
+    assert claims.evaluate(test, [both, own], "").measured == "median 10 (3 of 3 runs) against 10 (3 of 3 runs)"
+    assert claims.evaluate(test, [shared, own], "").verdict == "too few runs"
+    assert claims.evaluate(test | {"in": "steps"}, [both, both], "").measured.startswith("median 8 (4 of 4 runs)")
+
+
 @pytest.mark.parametrize(
     ("errors", "by_all", "by_none"),
     [

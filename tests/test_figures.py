@@ -184,6 +184,15 @@ def test_learning_is_shown_by_step_and_by_second(sweep):
     assert "passed" in of_gru[1].get_xlabel()
 
 
+@pytest.mark.parametrize(("places", "panels"), [([{"pack": 1}], 2), ([{"pack": 1}, {"pack": 6}], 1), ([], 1)])
+def test_learning_is_shown_by_second_where_every_run_has_its_own(sweep, places, panels):
+    folder = sweep[-1].folder
+    folder.finish(folder.record() | {"places": places})
+    figure = figures.learning(figures.complete(sweep))
+    assert len(figure.axes) == panels * 2
+    assert figure.axes[-1].get_xlabel().startswith("seconds" if panels > 1 else "training step")
+
+
 def test_a_curve_of_some_of_its_runs_says_so(sweep):
     (sweep[0].folder.path / "metrics.csv").unlink()  # known by its record alone
     line, other = lstm_curves(sweep).axes[0].lines[:2]

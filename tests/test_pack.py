@@ -1,5 +1,6 @@
 """Runs packed into one job end as if each had been alone, bit for bit, whatever was trained alone before."""
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -37,7 +38,9 @@ def records_without_pack(monkeypatch):
     """A record says how many runs shared the job; nothing else may differ."""
     record = runs.RunFolder.record
     monkeypatch.setattr(
-        runs.RunFolder, "record", lambda self: {k: v for k, v in record(self).items() if k not in ("pack", "threads")}
+        runs.RunFolder,
+        "record",
+        lambda self: {k: v for k, v in record(self).items() if k not in ("pack", "places", "threads")},
     )
 
 
@@ -170,8 +173,9 @@ def test_a_sweep_packs_the_seeds_of_a_row(tmp_path):
     grid = ["-m", "model=gru", "seed=0,1,2", "pack=2", *SMALL, *SHORT]
     done = command(*grid, "training.epochs=1", f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    packs = sorted(record.read_text().count('"pack": 2') for record in tmp_path.rglob("record.json"))
-    assert packs == [0, 1, 1]
+    records = [json.loads(file.read_text()) for file in tmp_path.rglob("record.json")]
+    assert sorted(record["pack"] for record in records) == [1, 2, 2]
+    assert all([place["pack"] for place in record["places"]] == [record["pack"]] for record in records)
 
 
 def test_without_a_sweep_there_is_one_run(tmp_path):

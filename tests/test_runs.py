@@ -287,8 +287,17 @@ def test_a_record_names_every_place_that_trained_the_run(small_run, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             trained(replace(run, engine=engine))
     record = trained(replace(run, engine=engines[2]))
-    assert [place["engine"] for place in record["places"]] == ["native", "reference"]
+    assert [(place["engine"], place["pack"]) for place in record["places"]] == [("native", 1), ("reference", 1)]
     assert record["engine"] == "reference"
+
+
+def test_a_place_tells_how_many_runs_shared_the_process(small_run, ending):
+    """If only for a part of an epoch: the seconds until then were both's."""
+    runs = [small_run("training.epochs=1", f"seed={seed}") for seed in (0, 1)]
+    ending("training_step", 2)
+    with pytest.raises(KeyboardInterrupt):
+        job.train(runs)
+    assert [place["pack"] for place in trained(runs[0])["places"]] == [2, 1]
 
 
 def test_what_lightning_takes_from_a_device_is_brought_back(small_run):

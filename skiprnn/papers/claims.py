@@ -20,7 +20,7 @@ from scipy import stats
 
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Experiment, Row
-from skiprnn.papers.records import SECONDS, Results, holds, steps_per_epoch
+from skiprnn.papers.records import SECONDS, Results, has_own_time, holds, steps_per_epoch
 from skiprnn.papers.records import read as read_record
 from skiprnn.papers.statistics import LEAST_RUNS, LEVEL, UNDECIDED, Sample, difference, other_data
 from skiprnn.training.config import ConfigError
@@ -34,15 +34,19 @@ class Evidence:
     """What is published of a row."""
 
     results: Results
-    curves: list[pd.DataFrame]  # metrics per epoch, of the runs that have them
+    curves: list[pd.DataFrame]  # metrics per epoch, of the runs that have them; seconds only where these are its own
 
-    def runs(self, statistic: str) -> int:
-        """How many a statistic can use."""
-        match statistic:
+    def timed(self, unit: str) -> list[pd.DataFrame]:
+        """The curves that tell the time in steps or seconds."""
+        return [curve for curve in self.curves if unit == "steps" or any(name in curve for name in SECONDS)]
+
+    def runs(self, test: dict[str, Any]) -> int:
+        """How many a test can use."""
+        match test["statistic"]:
             case "solved":
                 return self.results.done
             case "time":
-                return len(self.curves) + self.results.diverged
+                return len(self.timed(test["in"])) + self.results.diverged
             case _:
                 return len(self.results.records)
 
@@ -136,12 +140,12 @@ def trend(test: dict[str, Any], rows: Sequence[Evidence], epoch: str) -> Outcome
 def time(test: dict[str, Any], rows: Sequence[Evidence], epoch: str) -> Outcome:
     """Steps or seconds of training to a validation accuracy, of one row below another's: an exact rank test, in which
     runs that never reach it come last."""
-    unit = test["in"]
+    unit, curves = test["in"], [row.timed(test["in"]) for row in rows]
     if unit == "seconds":
-        unit = next(name for name in SECONDS if all(name in curve for row in rows for curve in row.curves))
+        unit = next(name for name in SECONDS if all(name in curve for of_row in curves for curve in of_row))
     first, second = (
-        [reached(row, curve, test["reaching"], unit) for curve in row.curves] + [math.inf] * row.results.diverged
-        for row in rows
+        [reached(row, curve, test["reaching"], unit) for curve in of_row] + [math.inf] * row.results.diverged
+        for row, of_row in zip(rows, curves, strict=True)
     )
     exact = stats.PermutationMethod(n_resamples=math.inf)
     sooner, later = (
@@ -210,7 +214,7 @@ def labels(test: dict[str, Any]) -> list[str]:
 
 def evaluate(test: dict[str, Any], rows: Sequence[Evidence], epoch: str) -> Outcome:
     """The outcome of a test at an epoch ("" or "last_"), or why it has none."""
-    runs = min(row.runs(test["statistic"]) for row in rows)
+    runs = min(row.runs(test) for row in rows)
     if runs < 2:
         return Outcome(MISSING, TOO_FEW)
     outcome = STATISTICS[test["statistic"]](test, rows, epoch)
@@ -282,7 +286,11 @@ def published(experiment: Experiment, folder: Path) -> dict[str, Evidence]:
         complete = [record for record, _ in own if "error" not in record]
         policy = own[0][0]["config"]["model"]["policy"] if own else ""
         ended = Results(row, policy, len(own), complete, len(own) - len(complete))
-        curves = [pd.read_csv(curve) for record, curve in own if "error" not in record and curve.exists()]
+        curves = [
+            pd.read_csv(curve).drop(columns=[] if has_own_time(record) else list(SECONDS), errors="ignore")
+            for record, curve in own
+            if "error" not in record and curve.exists()
+        ]
         found[row.label] = Evidence(ended, curves)
     return found
 

@@ -52,6 +52,15 @@ def steps_per_epoch(record: dict[str, Any]) -> int:
     return min(whole, training["train_batches"] or whole)
 
 
+def has_own_time(record: dict[str, Any]) -> bool:
+    """Whether the seconds of a run are its own, not those of several that were trained side by side.
+
+    A record that names no places is older than such training; where the list is empty, nobody knows.
+    """
+    places = record.get("places")
+    return places is None or (bool(places) and all(place.get("pack") == 1 for place in places))
+
+
 @dataclass(frozen=True)
 class Results:
     """A row's runs that ended."""

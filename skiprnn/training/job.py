@@ -254,7 +254,7 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, Se
     try:
         for folder, checkpoint in behind:
             module, loggers = made.pop(folder.run.name, None) or make_module(folder.run), make_loggers(folder)
-            keeper = RunKeeper(folder, module, loggers, quiet=on_terminal())
+            keeper = RunKeeper(folder, module, loggers, quiet=on_terminal(), pack=len(behind))
             modules.append(module)
             keepers.append(keeper)
             callbacks += [wandb_page.UsagePictures(folder, module, loggers, draw)] if draw else []
@@ -267,7 +267,7 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, Se
         fit(trainer, SideBySide(modules))
         if until == epochs:
             for keeper in keepers:
-                record = make_record(keeper) | {"pack": len(keepers)}
+                record = make_record(keeper)
                 wandb_page.summarise(keeper.loggers, record, keeper.folder)
                 keeper.folder.finish(record)
     finally:
@@ -410,4 +410,4 @@ def make_record(keeper: RunKeeper) -> dict[str, Any]:
         "completed": datetime.now(UTC).isoformat(timespec="seconds"),
         "commits": keeper.commits,
         "places": keeper.places,
-    } | provenance.describe(module.device, module.engine)
+    } | provenance.describe(module.device, module.engine, keeper.pack)

@@ -63,12 +63,13 @@ class RunKeeper(lightning.Callback):
         module: the run, one of the trainer's.
         loggers: the run's.
         quiet: tell nothing, for there is a progress bar.
+        pack: how many runs the trainer has; their time is that of all.
     """
 
     KEPT = ("best", "final", "seconds", "trained", "commits", "places")  # in the checkpoint
 
-    def __init__(self, folder: RunFolder, module: SequenceModule, loggers: Sequence[Logger], quiet: bool):
-        self.folder, self.module, self.loggers, self.quiet = folder, module, loggers, quiet
+    def __init__(self, folder: RunFolder, module: SequenceModule, loggers: Sequence[Logger], quiet: bool, pack: int):
+        self.folder, self.module, self.loggers, self.quiet, self.pack = folder, module, loggers, quiet, pack
         self.best: dict[str, Any] | None = None
         self.final: dict[str, Any] | None = None
         self.seconds = 0.0
@@ -127,8 +128,6 @@ class RunKeeper(lightning.Callback):
             self.best = self.final
             weights = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
             self.better = {"epoch": epoch, "state_dict": weights}
-        if (here := provenance.place(self.module.device, self.module.engine)) not in self.places[-1:]:
-            self.places = [*self.places, here]
         self.unwritten += 1
         self.module.batches = 0
         if module.due:
@@ -153,6 +152,8 @@ class RunKeeper(lightning.Callback):
         if self.better:
             self.folder.save(self.folder.best, self.better)
         self.unwritten, self.better = 0, None
+        if (here := provenance.place(self.module.device, self.module.engine, self.pack)) not in self.places[-1:]:
+            self.places = [*self.places, here]
         content = {
             "epoch": epoch,
             "state_dict": self.module.state_dict(),

@@ -48,13 +48,13 @@ def code_version() -> dict[str, Any] | None:
         return None
 
 
-def place(device: torch.device, engine: str) -> dict[str, Any]:
-    """The device's name, and the engine."""
+def place(device: torch.device, engine: str, pack: int) -> dict[str, Any]:
+    """The device's name, the engine, and how many runs the process trains or tests at once."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-    return {"device": name, "engine": engine}
+    return {"device": name, "engine": engine, "pack": pack}
 
 
-def describe(device: torch.device, engine: str) -> dict[str, Any]:
+def describe(device: torch.device, engine: str, pack: int = 1) -> dict[str, Any]:
     """Of a result computed now by this process: code, versions, machine.
 
     On a GPU also what its engines were checked on, and the precision of their products.
@@ -69,5 +69,5 @@ def describe(device: torch.device, engine: str) -> dict[str, Any]:
             | {name: version(name) for name in RECORDED_PACKAGES},
             "threads": torch.get_num_threads(),
         }
-        | place(device, engine)
+        | place(device, engine, pack)
     )

@@ -3,7 +3,7 @@
 In a folder `figures` beside the experiment's table:
 
 tradeoff         test score against state updates, λ by shade, and the published numbers
-learning         validation score against training steps and against seconds of training
+learning         validation score against training steps and, where they are a run's own, seconds of training
 curves-LSTM      validation score and state updates by epoch, mean and range over the seeds ([SKIP] figure 2)
 usage-ROW        what a Skip RNN reads of test sequences, red, and skips, blue ([SKIP] figures 3, 5 and 6)
 neurons-ROW      which neurons an SA-RNN updates at every step of a test sequence
@@ -34,7 +34,7 @@ from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.papers.records import steps_per_epoch, weights_file
+from skiprnn.papers.records import has_own_time, steps_per_epoch, weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
@@ -292,32 +292,34 @@ def limits(values: Sequence[np.ndarray], scale: str) -> tuple[float, float]:
 def learning(rows: Sequence[Row]) -> Figure:
     """Validation score against training steps and against seconds of training: mean, and the range over the seeds.
 
+    Without seconds, if some are those of several runs at once.
+
     Raises:
         ConfigError: no run has its metrics.csv, or of one epoch only.
     """
     found = panels(_with_curves(rows))
     rows = [row for members in found.values() for row in members]
     used = clock([row.curves for row in rows])
-    figure = Figure((WIDE, 0.6 + 1.8 * len(found) + 0.06 * len(rows)))
-    grid = figure.subplots(len(found), 2, sharey=len({row.score for row in rows}) == 1, sharex="col", squeeze=False)
+    of_clock = "of CPU time" if used == "cpu_seconds" else "passed"
+    scales: dict[str, Callable[[Row], np.ndarray]] = {
+        "training step": lambda row: epochs(row) * steps_per_epoch(row.records[0])
+    }
+    if all(has_own_time(record) for row in rows for record in row.records):
+        scales[f"seconds {of_clock}, training and validation"] = lambda row: row.curves.seconds(used)
+    figure = Figure((WIDE if len(scales) > 1 else WIDTH, 0.6 + 1.8 * len(found) + 0.06 * len(rows)))
+    shared = len({row.score for row in rows}) == 1
+    grid = figure.subplots(len(found), len(scales), sharey=shared, sharex="col", squeeze=False)
     handles: dict[str, Any] = {}
-    for (by_step, by_second), (title, members) in zip(grid, found.items(), strict=True):
+    for line, (title, members) in zip(grid, found.items(), strict=True):
         score = members[0].score
-
-        for axes, x in (
-            (by_step, lambda row: epochs(row) * steps_per_epoch(row.records[0])),
-            (by_second, lambda row: row.curves.seconds(used)),
-        ):
+        for axes, (xlabel, x) in zip(line, scales.items(), strict=True):
             _draw_curves(axes, members, score, x)
             axes.set(title=f"{title}, {place(members)}", yscale="log" if score == "mse" else "linear")
-        by_step.set(xlabel="training step", ylabel=f"validation {SCORES[score]}")
-        of_clock = "of CPU time" if used == "cpu_seconds" else "passed"
-        by_second.set_xlabel(f"seconds {of_clock}, training and validation")
-        for axes in (by_step, by_second):
+            axes.set(xlabel=xlabel, ylabel=f"validation {SCORES[score]}")
             axes.label_outer()
-        handles |= dict(zip(*by_step.get_legend_handles_labels()[::-1], strict=True))
+        handles |= dict(zip(*line[0].get_legend_handles_labels()[::-1], strict=True))
     what = spread_over(rows, "line: mean, band: range")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, title=what)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(scales), title=what)
     return figure
 
 
