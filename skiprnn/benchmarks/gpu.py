@@ -1,13 +1,14 @@
-"""How long the GPU engine takes, relative to cuDNN's LSTM and GRU in the same process.
+"""How long the GPU engines take, relative to cuDNN's LSTM and GRU in the same process.
 
 Medians of repetitions that alternate with cuDNN's, timed by device events; "packed" is one step of so many Skip LSTMs
 side by side. Floors: the time that the products of a step would take at the speed of a large product in the same
-precision, and that its states and gates would take at the speed of a copy.
+precision, and that its states and gates would take at the speed of a copy. What an engine does not serve, or gets wrong
+on this GPU, is left out, and named.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -18,10 +19,12 @@ from skiprnn import SAGRU
 from skiprnn.benchmarks.networks import RATES, SHAPES, TORCH, infer, skip_network, train
 from skiprnn.model import engines
 from skiprnn.model.cells import CELLS
+from skiprnn.model.engines import contact
 from skiprnn.model.recurrent import Recurrent
 
 SHAPE = SHAPES["mnist"]
 PACKS = (1, 4, 8, 24)
+ENGINES = ("cuda", "triton")
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -60,25 +63,47 @@ def packed_step(networks: list[Recurrent], x: Tensor, training: bool) -> None:
                 rnn.zero_grad(set_to_none=True)
 
 
-def functions(shape, training: bool, device: torch.device, engine: str, packs=PACKS) -> dict[str, Callable[[], object]]:
-    """What is measured: cuDNN's first, by cell."""
+def networks(shape, engine: str) -> Iterator[tuple[str, Recurrent]]:
+    """What is measured of an engine."""
+    _, _, inputs, hidden, _ = shape
+    for cell in TORCH:
+        yield cell, Recurrent(cell, "always", inputs, hidden, engine=engine, batch_first=True)
+        for period, rate in RATES.items():
+            yield f"skip {cell} {rate}", skip_network(cell, shape, period, engine)
+    yield "sa gru", SAGRU(inputs, hidden, engine=engine, batch_first=True)
+
+
+def refused(engine: str, rnn: Recurrent, x: Tensor) -> str | None:
+    """Why an engine is not measured on a network: it does not serve it or, on a GPU, gets it wrong."""
+    reason = engines.ENGINES[engine].unsupported(rnn.cells, rnn.policy, x)
+    if reason or x.device.type == "cpu":
+        return reason
+    return contact.refused(engine, x.device.type, rnn.cells[0].name, rnn.policy.name, len(rnn.cells))
+
+
+def functions(
+    shape, training: bool, device: torch.device, names: Sequence[str], packs=PACKS
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """What is measured: cuDNN's networks, then each engine's; and why what is left out is."""
     batch, steps, inputs, hidden, _ = shape
     x = torch.rand(batch, steps, inputs, device=device)
     task = train if training else infer
-    found: dict[str, Callable[[], object]] = {}
-    for cell in TORCH:
-        found[f"cuDNN {cell}"] = partial(task, TORCH[cell](inputs, hidden, batch_first=True).to(device), x)
-        found[cell] = partial(
-            task, Recurrent(cell, "always", inputs, hidden, engine=engine, batch_first=True).to(device), x
-        )
-        for period, rate in RATES.items():
-            rnn = skip_network(cell, shape, period, engine).to(device)
-            found[f"skip {cell} {rate}"] = partial(task, rnn, x)
-    found["sa gru"] = partial(task, SAGRU(inputs, hidden, engine=engine, batch_first=True).to(device), x)
-    for count in packs:
-        networks = [skip_network("lstm", shape, 1, engine).to(device) for _ in range(count)]
-        found[f"skip lstm 100 %, {count} packed"] = partial(packed_step, networks, x, training)
-    return found
+    found: dict[str, Callable[[], object]] = {
+        f"cuDNN {cell}": partial(task, kind(inputs, hidden, batch_first=True).to(device), x)
+        for cell, kind in TORCH.items()
+    }
+    left_out = {}
+    for engine in names:
+        for name, rnn in networks(shape, engine):
+            if reason := refused(engine, rnn.to(device), x):
+                left_out[f"{engine}: {name}"] = reason
+            else:
+                found[f"{engine}: {name}"] = partial(task, rnn, x)
+        if f"{engine}: skip lstm {RATES[1]}" in found:
+            for count in packs:
+                pack = [skip_network("lstm", shape, 1, engine).to(device) for _ in range(count)]
+                found[f"{engine}: skip lstm {RATES[1]}, {count} packed"] = partial(packed_step, pack, x, training)
+    return found, left_out
 
 
 def floors(
@@ -103,7 +128,7 @@ def floors(
 
 
 def measure(
-    device: torch.device, repetitions: int, shape=SHAPE, engine: str = "triton", packs=PACKS, size: int = 4096
+    device: torch.device, repetitions: int, shape=SHAPE, names: Sequence[str] = ENGINES, packs=PACKS, size: int = 4096
 ) -> dict:
     """All measurements."""
     torch.manual_seed(0)
@@ -111,7 +136,8 @@ def measure(
     report: dict = {"device": name, "cudnn": torch.backends.cudnn.version(), "shape": list(shape), "times": {}}
     for task in ("train", "infer"):
         training = task == "train"
-        report["times"][task] = medians(functions(shape, training, device, engine, packs), repetitions, device)
+        measured, report["left_out"] = functions(shape, training, device, names, packs)
+        report["times"][task] = medians(measured, repetitions, device)
         report.setdefault("floors", {})[task] = floors(shape, training, device, repetitions, size)
     return report
 
@@ -126,4 +152,5 @@ def table(report: dict) -> Table:
             floor = report["floors"][task][cell]
             shares = [f"{100 * runs * floor[kind] / taken:.1f}" for kind in ("arithmetic", "memory")]
             result.add_row(task, name, f"{1e3 * taken:.3f}", f"{taken / times[f'cuDNN {cell}']:.2f}", *shares)
+    result.caption = "\n".join(f"left out: {name}: {reason}" for name, reason in report["left_out"].items())
     return result
