@@ -1,4 +1,9 @@
-"""How the time loop is executed. An engine never changes what is computed; the reference engine defines it."""
+"""How the time loop is executed. An engine never changes what is computed; the reference engine defines it.
+
+"auto" takes the first that serves: on a CPU native (C++), then compact (torch, of the rows that update; no learned
+decision in training); on a GPU cuda (CUDA C++, weights in registers), then triton, then batched (torch, step by step),
+of those that contact finds right there; reference otherwise, as for what a user adds.
+"""
 
 import warnings
 from collections.abc import Sequence
