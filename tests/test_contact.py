@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skiprnn import Recurrent
 from skiprnn.model import engines
-from skiprnn.model.engines import batched, contact, operator, trial
+from skiprnn.model.engines import __main__, batched, contact, operator, trial
 
 FEW = [contact.Variant("lstm", "skip", 2), contact.Variant("gru", "selective", 1)]
 
@@ -67,6 +67,19 @@ def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch
             for tested in FEW:
                 found = trial.check("batched", "cpu", tested)
                 assert (contact.reason(found) or "").endswith(reason)
+
+
+def test_what_an_engine_does_not_serve_is_no_failure(monkeypatch, capsys):
+    """Of two layers with a gate in common; of other stacks the layers run one by one."""
+    monkeypatch.setattr(engines.cuda, "unsupported", lambda cells, policy, x: engines.cuda.unfit(cells, policy))
+    monkeypatch.setattr(trial, "error", lambda *_: 1e-3)
+    found = {tested: trial.check("cuda", "cpu", tested) for tested in contact.VARIANTS}
+    refused = {str(tested) for tested, error in found.items() if error != 1e-3}
+    assert refused == {"lstm-skip-2", "gru-skip-2", "lstm-selective-2", "gru-selective-2"}
+    monkeypatch.setattr(contact, "verdict", lambda *_: found)
+    monkeypatch.setattr(trial, "milliseconds", lambda *_: 0.0)
+    __main__.table("cpu")
+    assert "16/16" in capsys.readouterr().out
 
 
 def test_a_verdict_is_kept_for_what_it_is_of(fresh, monkeypatch):

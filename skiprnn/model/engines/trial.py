@@ -11,16 +11,17 @@ from skiprnn.model.policies import Skip
 from skiprnn.model.recurrent import Recurrent
 
 SEEDS = 6  # a decision on the edge is rounded either way: so many inputs are tried
-SHAPE, RAGGED = (16, 16, 1, 110), (5, 9, 2, 110)  # B, T, I, H: whole tiles, as are common; and odd sizes with lengths
+SHAPE, RAGGED = (16, 16, 1), (5, 9, 2)  # B, T, I: whole tiles, as are common; and odd sizes with lengths
+UNITS = {1: 110, 2: 60}  # by layers
+NOT_SERVED = "it does not serve: "  # begins what is no failure
 
 
 def error(engine: str, device: str, tested: Variant, lengths: bool) -> float:
     """The largest relative error of outputs and gradients against the reference in float64; inf: other decisions."""
-    batch, steps, inputs, hidden = RAGGED if lengths else SHAPE
-    p_skip = 0.4 if tested.policy.startswith("random") else None
+    batch, steps, inputs = RAGGED if lengths else SHAPE
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        rnn = Recurrent(*tested[:2], inputs, hidden, tested.layers, batch_first=True, p_skip=p_skip)
+        rnn = network(tested, inputs)
         if isinstance(rnn.policy, Skip):
             torch.nn.init.constant_(rnn.policy.bias, -0.5)
         x = torch.randn(batch, steps, inputs)
@@ -34,6 +35,12 @@ def error(engine: str, device: str, tested: Variant, lengths: bool) -> float:
             pairs = zip(found[0][1:], found[1][1:], strict=True)
             return max(float((one - other).norm() / one.norm().clamp_min(1e-6)) for one, other in pairs)
     return float("inf")
+
+
+def network(tested: Variant, inputs: int) -> Recurrent:
+    """What is tried of a variant."""
+    p_skip = 0.4 if tested.policy.startswith("random") else None
+    return Recurrent(*tested[:2], inputs, UNITS[tested.layers], tested.layers, batch_first=True, p_skip=p_skip)
 
 
 def _outcome(rnn, x: Tensor, lengths: Tensor | None, draw: Tensor | None, engine: str) -> list[Tensor]:
@@ -55,8 +62,11 @@ def _outcome(rnn, x: Tensor, lengths: Tensor | None, draw: Tensor | None, engine
 
 
 def check(engine: str, device: str, tested: Variant) -> float | str:
-    """The variant's largest error, or why it fails."""
+    """The variant's largest error, or why it fails or is not served."""
     try:
+        rnn, many = network(tested, RAGGED[2]), torch.empty(1024, 1, RAGGED[2], device=device)  # that fill a GPU
+        if reason := engines.ENGINES[engine].unsupported(rnn.cells, rnn.policy, many):
+            return NOT_SERVED + reason
         return max(error(engine, device, tested, lengths) for lengths in (False, True))
     except Exception as failure:  # whatever compilers and drivers come up with
         return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
