@@ -50,7 +50,11 @@ def test_results_and_gradients_are_the_references(emulated, variant):
 def small(cell: str, policy: str, inputs: int, hidden: int, seed: int) -> Recurrent:
     torch.manual_seed(seed)
     p_skip = 0.4 if policy.startswith("random") else None
-    return Recurrent(cell, policy, inputs, hidden, 1, batch_first=True, p_skip=p_skip)
+    rnn = Recurrent(cell, policy, inputs, hidden, 1, batch_first=True, p_skip=p_skip)
+    with torch.no_grad():
+        for parameter in rnn.policy.parameters():
+            parameter.mul_(8)  # some decisions are out of reach of a gradient
+    return rnn
 
 
 def gradients(engine: str, networks, xs, loss) -> list[torch.Tensor]:
@@ -67,6 +71,11 @@ def gradients(engine: str, networks, xs, loss) -> list[torch.Tensor]:
     for network, x in zip(networks, xs, strict=True):
         found += [x.grad, *(parameter.grad for parameter in network.parameters())]
     return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+
+def assert_near(wanted, found) -> None:
+    for one, other in zip(wanted, found, strict=True):
+        assert (one - other).norm() <= 2 * contact.TOLERANCE * one.norm() + 1e-6
 
 
 def last_state(result):
@@ -88,8 +97,26 @@ def test_several_runs_in_one_launch(emulated, cell, policy, loss):
     networks = [small(cell, policy, 2, 13, seed) for seed in range(2)]
     xs = [torch.randn(35, 9, 2, requires_grad=True) for _ in networks]
     wanted, found = (gradients(engine, networks, xs, loss) for engine in ("reference", "cuda"))
-    for one, other in zip(wanted, found, strict=True):
-        assert (one - other).norm() <= 2 * contact.TOLERANCE * one.norm() + 1e-12
+    assert_near(wanted, found)
+
+
+def test_exact_ties_of_the_gate(emulated):
+    """q = 1 - s = 1/2 in every second step: half of the gradient to each."""
+    rnn, x = small("lstm", "skip", 1, 4, 0), torch.randn(2, 7, 1, requires_grad=True)
+    with torch.no_grad():
+        rnn.policy.weight.zero_()
+        rnn.policy.bias.zero_()
+    wanted, found = (gradients(engine, [rnn], [x], last_state) for engine in ("reference", "cuda"))
+    assert_near(wanted, found)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_gate_after_the_last_step(emulated, cell):
+    rnn, x = small(cell, "skip", 2, 13, 0), torch.randn(3, 6, 2)
+    with torch.no_grad():
+        (wanted,), (found,) = (engines.run_packed(engine, [rnn.prepare(x)]) for engine in ("reference", "cuda"))
+    for one, other in zip(wanted.gate, found.gate, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=contact.TOLERANCE)
 
 
 @pytest.mark.parametrize("policy", ["skip", "selective"])
