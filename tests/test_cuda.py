@@ -93,8 +93,8 @@ def an_output_after_long_silence(result):
 )
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_several_runs_in_one_launch(emulated, cell, policy, loss):
-    """Three tiles, the last one of three sequences; an odd number of units; inputs of two numbers, with a gradient."""
-    networks = [small(cell, policy, 2, 13, seed) for seed in range(2)]
+    """Three tiles, the last of three sequences; two warps; an odd number of units; inputs of two, with a gradient."""
+    networks = [small(cell, policy, 2, 29, seed) for seed in range(2)]
     xs = [torch.randn(35, 9, 2, requires_grad=True) for _ in networks]
     wanted, found = (gradients(engine, networks, xs, loss) for engine in ("reference", "cuda"))
     assert_near(wanted, found)
