@@ -372,7 +372,21 @@ def summed_product(rows: Tensor, columns: Tensor) -> Tensor:
     runs, steps = rows.shape[:2]
     pieces = max(count for count in range(1, min(steps, PIECES) + 1) if steps % count == 0)
     left, right = (part.reshape(runs * pieces, -1, part.shape[-1]) for part in (rows, columns))
-    return torch.bmm(left.mT, right).view(runs, pieces, left.shape[-1], right.shape[-1]).sum(1)
+    return product(left.mT, right).view(runs, pieces, left.shape[-1], right.shape[-1]).sum(1)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Of matrices (R, ., .), each run's; of bfloat16 ones in float32."""
+    if left.dtype != torch.bfloat16:
+        return torch.bmm(left, right)
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, if there is one, as kernels read it."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], list[list[Tensor]]], list[Result]]) -> list[Result]:

@@ -750,7 +750,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(const Argument
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    if (me.column + 8 * n + (e & 1) >= H) D_h[n][e] = 0;  // else it is the gradient of x
+                    if (me.column + 8 * n + (e & 1) >= H) D_h[n][e] = 0;  // x's, which is no part of the scale
         if (!D_OUTPUT) measure(slot);
     }
     me.store(D_h, me.state(a, 0));

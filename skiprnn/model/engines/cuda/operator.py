@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.engines.cuda import nvrtc
-from skiprnn.model.engines.operator import KERNELS, PIECES, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.operator import (
+    KERNELS,
+    Arriving,
+    Gradients,
+    Kernels,
+    Outputs,
+    Problem,
+    contiguous,
+    product,
+    summed_product,
+)
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 ROWS = 16  # sequences of a block
@@ -43,17 +53,14 @@ class Layout(NamedTuple):
     steps: int
     inputs: int
     hidden: int
+    gates: int
     cell: str
     policy: str
 
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
         runs, batch, steps, inputs = problem.x.shape
-        return cls(runs, batch, steps, inputs, problem.hidden[0], problem.cell, problem.policy)
-
-    @property
-    def gates(self) -> int:
-        return 4 if self.cell == "lstm" else 3
+        return cls(runs, batch, steps, inputs, problem.hidden[0], problem.gates, problem.cell, problem.policy)
 
     @property
     def blocks(self) -> int:
@@ -83,8 +90,8 @@ class Layout(NamedTuple):
         return [4 * kept * lanes, rows, rows if self.cell == "gru" else 0]
 
     def rows(self, part: Tensor) -> Tensor:
-        """What a step reads, of all steps and sequences: (R, T B, W) bfloat16."""
-        return part.view(torch.bfloat16).view(self.runs, self.steps * self.batch, self.width)
+        """What the steps read, (R, T, B, W) bfloat16."""
+        return part.view(torch.bfloat16).view(self.runs, self.steps, self.batch, self.width)
 
     def defines(self, **more: int) -> dict[str, int]:
         """The macros that the kernels are compiled with."""
@@ -157,10 +164,6 @@ def _policy_weights(layout: Layout, weights: Sequence[Tensor]) -> dict[str, Tens
     return {}
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _split(layout: Layout, saved: Tensor) -> dict[str, Tensor]:
     return dict(zip(("kept", "read", "reset"), saved.split(layout.parts()), strict=True))
 
@@ -176,8 +179,8 @@ def forward(problem: Problem, save: bool) -> Outputs:
         last_gate.copy_(torch.stack(list(problem.gate), 1))
     tensors: dict[str, Tensor | None] = {
         "x": x.contiguous(),
-        "draw": _contiguous(problem.draw),
-        "lengths": _contiguous(problem.lengths),
+        "draw": contiguous(problem.draw),
+        "lengths": contiguous(problem.lengths),
         "weights": _fragments(layout, _matrix(layout, problem.weights), transposed=False),
         "states": states,
         "gate": last_gate,
@@ -202,19 +205,19 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     if arriving.final is not None:
         d_states[..., :hidden] = arriving.final.view(layout.runs, entries, layout.batch, hidden)
     d_gate = x.new_zeros(layout.runs, 2, layout.batch) if arriving.final_gate is None else arriving.final_gate.clone()
-    d_pre = x.new_empty(layout.runs, layout.steps * layout.batch, layout.blocks * layout.width, dtype=torch.bfloat16)
+    d_pre = x.new_empty(layout.runs, layout.steps, layout.batch, layout.blocks * layout.width, dtype=torch.bfloat16)
     d_w_p, d_b_p = x.new_empty(layout.runs, layout.tiles, layout.width), x.new_empty(layout.runs, layout.tiles)
     kept = _split(layout, outputs.saved)
     tensors: dict[str, Tensor | None] = {
-        "lengths": _contiguous(problem.lengths),
+        "lengths": contiguous(problem.lengths),
         "weights": _fragments(layout, matrix, transposed=True),
         "states": d_states,
         "gate": d_gate,
         "updates": outputs.updates,
         "kept": kept["kept"],
         "kept_gate": outputs.saved_gate,
-        "d_output": _contiguous(arriving.output),
-        "d_updates": _contiguous(arriving.updates),
+        "d_output": contiguous(arriving.output),
+        "d_updates": contiguous(arriving.updates),
         "d_pre": d_pre,
         "d_w_p": d_w_p,
         "d_b_p": d_b_p,
@@ -225,19 +228,19 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     reads = [kept["read"], kept["reset"], kept["read"]]
     products = [
         summed_product(layout.rows(read), part)
-        for read, part in zip(reads, d_pre.split(sizes, 2), strict=True)
+        for read, part in zip(reads, d_pre.split(sizes, 3), strict=True)
         if part.numel()
     ]
     shape = layout.runs, layout.width, layout.blocks, layout.width
-    product = torch.cat(products, 2).view(shape)[..., :hidden].permute(0, 2, 3, 1)  # (R, blocks, H, W)
-    d_blocks = product[:, : layout.gates]
+    d_matrix = torch.cat(products, 2).view(shape)[..., :hidden].permute(0, 2, 3, 1)  # (R, blocks, H, W)
+    d_blocks = d_matrix[:, : layout.gates]
     d_weights = [d_blocks[..., hidden:below], d_blocks[..., :hidden], d_blocks[..., below]]
     found = [d_states[:, entry, :, :hidden] for entry in range(entries)]
     found += [part.flatten(1, 2) for part in d_weights]
     if skip:
         found += [*d_gate.unbind(1), d_w_p.sum(1)[:, :hidden], d_b_p.sum(1)]
     if layout.policy == "selective":
-        of_read = product[:, -1]
+        of_read = d_matrix[:, -1]
         found += [of_read[..., hidden:below], of_read[..., :hidden].diagonal(dim1=1, dim2=2), of_read[..., below]]
         found += [torch.zeros_like(problem.policy_weights[3])]
     d_x = x.new_empty(0)
@@ -246,24 +249,13 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         if layout.policy == "selective":
             padded = torch.nn.functional.pad(problem.policy_weights[0].mT, (0, layout.width - hidden))
             of_x = torch.cat([of_x, padded.to(torch.bfloat16)], 2)
-        d_x = product_of(d_pre, of_x.mT).view(layout.runs, layout.steps, layout.batch, layout.inputs).transpose(1, 2)
+        d_x = (
+            product(d_pre.flatten(1, 2), of_x.mT)
+            .view(layout.runs, layout.steps, layout.batch, layout.inputs)
+            .transpose(1, 2)
+        )
     own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in (d_x, *found)]
     return Gradients.of(own, problem)
-
-
-def product_of(left: Tensor, right: Tensor) -> Tensor:
-    """A product of bfloat16 matrices (R, ., .), summed in float32."""
-    if left.is_cuda:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left.float(), right.float())
-
-
-def summed_product(rows: Tensor, columns: Tensor) -> Tensor:
-    """rows^T columns of (R, N, .), in pieces of N, for the GPU's processors to share: float32."""
-    runs, count, _ = rows.shape
-    pieces = next(number for number in range(PIECES, 0, -1) if count % number == 0)
-    left, right = (part.reshape(runs * pieces, count // pieces, part.shape[2]) for part in (rows, columns))
-    return product_of(left.mT, right).view(runs, pieces, left.shape[2], right.shape[2]).sum(1)
 
 
 KERNELS["cuda"] = Kernels(shapes, forward, backward)

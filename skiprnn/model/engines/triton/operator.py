@@ -18,6 +18,7 @@ from skiprnn.model.engines.operator import (
     Kernels,
     Outputs,
     Problem,
+    contiguous,
     summed_product,
 )
 from skiprnn.model.engines.triton import parts, resident, streamed
@@ -134,10 +135,6 @@ def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weigh
     return parts.Weights(of_x, bias, of_h, of_below, w_p, b_p, w_u, slope)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
     _, _, policy, x, states, weights, gate, policy_weights, draw, lengths = problem
@@ -160,7 +157,7 @@ def forward(problem: Problem, save: bool) -> Outputs:
         _widened(states[entry :: sizes.entries], sizes, buffer[:, :, 0].zero_())
     if policy == "skip":
         last_gate.copy_(torch.stack(list(gate), 1))
-    inputs = parts.Inputs(x.contiguous(), _contiguous(draw), _contiguous(lengths))
+    inputs = parts.Inputs(x.contiguous(), contiguous(draw), contiguous(lengths))
     arguments = inputs, laid_out, *now, last_gate, parts.Saved(pre, h, c, saved_gate), output, updates
     options = {**sizes.options, "INPUTS": sizes.inputs if few else 0, "SAVE": save}
     if sizes.resident:
@@ -197,8 +194,8 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     skip = policy == "skip"
     d_last_gate = x.new_zeros(sizes.runs, 2, sizes.batch) if d_gate is None else d_gate.clone()
     d_logit = x.new_empty(sizes.runs, sizes.steps, sizes.batch) if skip else x.new_empty(0)
-    gradients = parts.Gradients(_contiguous(d_output), _contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
-    arguments = _contiguous(lengths), laid_out, parts.Saved(pre, h, c, saved_gate), updates, gradients, reset
+    gradients = parts.Gradients(contiguous(d_output), contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
+    arguments = contiguous(lengths), laid_out, parts.Saved(pre, h, c, saved_gate), updates, gradients, reset
     if sizes.resident:
         resident.backward[sizes.grid](*arguments, sizes.batch, sizes.steps, **sizes.options)
     else:
