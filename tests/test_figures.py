@@ -120,7 +120,7 @@ def test_tradeoff_needs_two_rows(tmp_path):
 
 
 def test_errors_are_drawn_on_a_logarithmic_scale(tmp_path):
-    runs = planned(tmp_path, "experiment=sweep_adding", "profile=adding/sweep", "seed=0")
+    runs = planned(tmp_path, "experiment=sweep_adding", "profile=adding/long", "seed=0")
     for number, one in enumerate(runs, start=1):
         finish(one, steps=50, mse=0.01 * number, state_updates=40)
     assert {axes.get_yscale() for axes in figures.tradeoff(figures.complete(runs)).axes} == {"log"}
@@ -222,7 +222,7 @@ def test_rows_of_other_data_settings_are_in_panels_of_their_own(tmp_path):
 
 
 def test_only_complete_runs_count_and_the_best_on_validation_is_shown(tmp_path):
-    runs = planned(tmp_path, "experiment=sweep_adding", "profile=adding/sweep", "rows=[6]", "seed=0,1,2,3")
+    runs = planned(tmp_path, "experiment=sweep_adding", "profile=adding/long", "rows=[6]", "seed=0,1,2,3")
     for one, error in zip(runs, (0.3, 0.1, 0.2), strict=False):
         finish(one, mse=error, state_updates=40)
         one.folder.best.touch()
