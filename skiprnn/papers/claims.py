@@ -20,7 +20,7 @@ from scipy import stats
 
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Experiment, Row
-from skiprnn.papers.records import SECONDS, Results, has_own_time, holds, steps_per_epoch
+from skiprnn.papers.records import SECONDS, Results, holds, read_curves, steps_per_epoch
 from skiprnn.papers.records import read as read_record
 from skiprnn.papers.statistics import LEAST_RUNS, LEVEL, UNDECIDED, Sample, difference, other_data
 from skiprnn.training.config import ConfigError
@@ -287,7 +287,7 @@ def published(experiment: Experiment, folder: Path) -> dict[str, Evidence]:
         policy = own[0][0]["config"]["model"]["policy"] if own else ""
         ended = Results(row, policy, len(own), complete, len(own) - len(complete))
         curves = [
-            pd.read_csv(curve).drop(columns=[] if has_own_time(record) else list(SECONDS), errors="ignore")
+            pd.DataFrame(read_curves(curve, record))
             for record, curve in own
             if "error" not in record and curve.exists()
         ]

@@ -34,10 +34,10 @@ from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.papers.records import has_own_time, steps_per_epoch, weights_file
+from skiprnn.papers.records import SECONDS, read_curves, steps_per_epoch, weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
+from skiprnn.training.folder import RunFolder, write_atomically
 from skiprnn.training.job import load
 from skiprnn.training.module import SequenceModule
 from skiprnn.views import samples as usage
@@ -77,7 +77,8 @@ class Row:
     @cached_property
     def curves(self) -> Curves:
         """Of the runs whose metrics.csv has all epochs."""
-        found = [read_metrics(run.metrics_file) for run in self.runs if run.metrics_file.exists()]
+        both = zip(self.runs, self.records, strict=True)
+        found = [read_curves(run.metrics_file, record) for run, record in both if run.metrics_file.exists()]
         most = max((len(columns["epoch"]) for columns in found), default=0)
         return Curves.of([columns for columns in found if len(columns["epoch"]) == most])
 
@@ -227,15 +228,10 @@ def _label(row: Row) -> str:
 
 def _with_curves(rows: Sequence[Row]) -> list[Row]:
     """Raises ConfigError: none has its metrics.csv, or of one epoch only."""
-    rows = [row for row in rows if row.curves["validation/state_updates"].shape[1] > 1]
+    rows = [row for row in rows if len(row.curves.epochs) > 1]
     if not rows:
         raise ConfigError("a curve needs metrics.csv of two epochs")
     return rows
-
-
-def epochs(row: Row) -> np.ndarray:
-    """From 1, of its curves."""
-    return 1 + np.arange(row.curves["validation/state_updates"].shape[1])
 
 
 def _draw_curves(axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], np.ndarray]) -> None:
@@ -267,7 +263,7 @@ def curves(title: str, rows: Sequence[Row], alike: Sequence[Row]) -> Figure:
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
     for axes, metric in ((upper, score), (lower, "state_updates")):
-        _draw_curves(axes, rows, metric, epochs)
+        _draw_curves(axes, rows, metric, lambda row: row.curves.epochs)
         axes.set_yscale("log" if metric == "mse" else "linear")
         same = [row.curves[f"validation/{metric}"] for row in _with_curves(alike) if row.score == score]
         axes.set_ylim(*limits([value[np.isfinite(value)] for value in same], axes.get_yscale()))
@@ -292,20 +288,18 @@ def limits(values: Sequence[np.ndarray], scale: str) -> tuple[float, float]:
 def learning(rows: Sequence[Row]) -> Figure:
     """Validation score against training steps and against seconds of training: mean, and the range over the seeds.
 
-    Without seconds, if some are those of several runs at once.
+    Without seconds, unless each run has its own.
 
     Raises:
         ConfigError: no run has its metrics.csv, or of one epoch only.
     """
     found = panels(_with_curves(rows))
     rows = [row for members in found.values() for row in members]
-    used = clock([row.curves for row in rows])
-    of_clock = "of CPU time" if used == "cpu_seconds" else "passed"
     scales: dict[str, Callable[[Row], np.ndarray]] = {
-        "training step": lambda row: epochs(row) * steps_per_epoch(row.records[0])
+        "training step": lambda row: row.curves.epochs * steps_per_epoch(row.records[0])
     }
-    if all(has_own_time(record) for row in rows for record in row.records):
-        scales[f"seconds {of_clock}, training and validation"] = lambda row: row.curves.seconds(used)
+    if used := clock([row.curves for row in rows]):
+        scales[SECONDS[used]] = lambda row: row.curves.seconds(used)
     figure = Figure((WIDE if len(scales) > 1 else WIDTH, 0.6 + 1.8 * len(found) + 0.06 * len(rows)))
     shared = len({row.score for row in rows}) == 1
     grid = figure.subplots(len(found), len(scales), sharey=shared, sharex="col", squeeze=False)
