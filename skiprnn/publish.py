@@ -25,7 +25,7 @@ from skiprnn.model.policies import POLICIES
 from skiprnn.model.pretrained import FILE, LAST
 from skiprnn.model.recurrent import CLASSES, Recurrent
 from skiprnn.papers import plan
-from skiprnn.papers.records import weights_file
+from skiprnn.papers.records import has_own_time, weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, write_atomically
@@ -58,7 +58,7 @@ The epoch with the best validation score, {epoch} of {epochs}{last}. FLOPs are m
 
 ## Provenance
 
-Run `{name}`, completed {completed} after {seconds:.0f} s of training. {code}; {versions}; {device}, engine {engine}.
+Run `{name}`, completed {completed} after {seconds:.0f} s of training{shared}. {code}; {versions}; {device}, engine {engine}.
 The whole record is in the file's metadata, under `{key}`.
 
 ## How to load
@@ -115,6 +115,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         name=record["name"],
         completed=record["completed"],
         seconds=record["seconds"],
+        shared="" if has_own_time(record) else " (of several runs at once)",
         code=f"commit {git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "no git commit",
         versions=", ".join(f"{package} {version}" for package, version in record["versions"].items()),
         device=record["device"],

@@ -232,6 +232,8 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
     ):
         assert part in card
     assert json.loads(json.dumps(record))["git"] is None or record["git"]["commit"] in card
+    beside = publish.card(record | {"places": [{"pack": 6}]}, load_file(file))
+    assert beside.count("(of several runs at once)") == 1 + card.count("(of several runs at once)") == 1
     folder.best.unlink()  # as where another machine's record was taken over
     publish.main([*overrides, *settings, f"publish={target}"])
     printed = capsys.readouterr().out
