@@ -58,7 +58,7 @@ The epoch with the best validation score, {epoch} of {epochs}{last}. FLOPs are m
 
 ## Provenance
 
-Run `{name}`, completed {completed} after {seconds:.0f} s of training{shared}. {code}; {versions}; {device}, engine {engine}.
+Run `{name}`, completed {completed} after {trained}. {code}; {versions}; {device}, engine {engine}.
 The whole record is in the file's metadata, under `{key}`.
 
 ## How to load
@@ -114,8 +114,8 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         flops=best["test"]["inference_flops"],
         name=record["name"],
         completed=record["completed"],
-        seconds=record["seconds"],
-        shared="" if has_own_time(record) else " (of several runs at once)",
+        trained=f"{record['seconds']:.0f} s of training"
+        + ("" if has_own_time(record) else " (of several runs at once)"),
         code=f"commit {git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "no git commit",
         versions=", ".join(f"{package} {version}" for package, version in record["versions"].items()),
         device=record["device"],

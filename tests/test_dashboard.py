@@ -434,6 +434,9 @@ def test_browser_shows_a_run_beside_another(window, file, html):
     )
     assert {"model.name", "model.cell", "model.policy", "model.p_skip"} <= set(settings)
     assert "training.epochs" not in settings
+    labels = "document.querySelectorAll('#curves > :last-child .role-axis-label text')"
+    scale_of = window.run(f"return [...{labels}].map(one => +one.textContent)")
+    assert 0.001 in scale_of, "of the learning rate, which is constant"
     window.run("document.querySelector('#back').click()")
     window.until(f"{DRAWN} === 2")
 
