@@ -25,6 +25,7 @@ from rich.table import Table
 
 from skiprnn.benchmarks import cpu, gpu
 from skiprnn.benchmarks.networks import RATES
+from skiprnn.training.config import arguments_of
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -42,11 +43,8 @@ def machine(threads: int) -> dict:
     from skiprnn.model.engines.native import build
 
     info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if (info.exists())
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
@@ -106,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder for bench.json and the plot")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
-    given = parser.parse_args(arguments)
+    given = arguments_of(parser, arguments)
     if given.child:
         done = {"bytes": cpu.peak_memory(given.memory)} if given.memory else cpu.measure(given)
         given.child.write_text(json.dumps(done))

@@ -104,6 +104,8 @@ def test_page_shows_each_run_with_its_settings(html, output):
         == pytest.approx(run["results"][0], rel=1e-4)
     )
     assert found["curves"]["epoch"] == list(range(1, scale.EPOCHS + 1))
+    waiting = next(run["name"] for sweep in content["sweeps"] for run in sweep["runs"] if run["state"] == "waiting")
+    assert content["details"][waiting]["record"] == {}, "nor a line without a name"
     assert len(content["details"]) == sum(len(sweep["runs"]) for sweep in content["sweeps"]) == 41
 
 

@@ -218,7 +218,7 @@ def test_json_may_not_be_nested_beyond_what_python_can_read(name, honest, tmp_pa
             assert "is damaged" in str(folder.failure)
         case "published":
             with pytest.raises(ConfigError, match="is damaged; delete it"):
-                records.read(file)
+                records.read_published(file)
         case "plan" | "config.yaml":
             assert page.sweeps(tmp_path, told.append) == []
             assert len(told) == 1

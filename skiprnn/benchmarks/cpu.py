@@ -123,7 +123,7 @@ def measure(arguments) -> dict:
                     functions = candidates(cell, shape, task, reference)
                     label = f"{name}, {cell}, {task.__name__}"
                     bar = progress.add_task(label, total=len(functions) * (arguments.repetitions + 1))
-                    seconds = alternate(functions, arguments.repetitions, lambda bar=bar: progress.advance(bar))
+                    seconds = alternate(functions, arguments.repetitions, partial(progress.advance, bar))
                     floors = {f"skip {r}": floor(cell, shape, 1 / n, task, speed) for n, r in RATES.items()}
                     measured["times"].append(
                         {"shape": name, "cell": cell, "task": task.__name__, "seconds": seconds, "floor": floors}
@@ -135,7 +135,7 @@ def measure(arguments) -> dict:
             functions = {str(n): partial(task, rnn, x) for n, rnn in networks.items()}
             bar = progress.add_task(f"against rate, {task.__name__}", total=len(CURVE) * (arguments.repetitions + 1))
             measured["curve"][task.__name__] = alternate(
-                functions, arguments.repetitions, lambda bar=bar: progress.advance(bar)
+                functions, arguments.repetitions, partial(progress.advance, bar)
             )
     return measured
 

@@ -20,12 +20,11 @@ from scipy import stats
 
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Experiment, Row
-from skiprnn.papers.records import SECONDS, Results, holds, read_curves, steps_per_epoch
-from skiprnn.papers.records import read as read_record
+from skiprnn.papers.records import SECONDS, Results, holds, read_curves, read_published, steps_per_epoch
 from skiprnn.papers.statistics import LEAST_RUNS, LEVEL, UNDECIDED, Sample, difference, other_data
+from skiprnn.papers.table import MISSING
 from skiprnn.training.config import ConfigError
 
-MISSING = "–"
 HOLDS, FAILS, TOO_FEW, UNTESTED = "holds", "does not hold", "too few runs", "not tested"
 
 
@@ -275,7 +274,7 @@ def published(experiment: Experiment, folder: Path) -> dict[str, Evidence]:
         ConfigError: a row's runs differ in more than the seed.
     """
     files = sorted((folder / "records").glob("*/*/*.json"))
-    records = [(read_record(file), file.with_suffix(".csv")) for file in files]
+    records = [(read_published(file), file.with_suffix(".csv")) for file in files]
     found = {}
     for row in experiment.rows:
         settings = _settings(row)
@@ -286,11 +285,8 @@ def published(experiment: Experiment, folder: Path) -> dict[str, Evidence]:
         complete = [record for record, _ in own if "error" not in record]
         policy = own[0][0]["config"]["model"]["policy"] if own else ""
         ended = Results(row, policy, len(own), complete, len(own) - len(complete))
-        curves = [
-            pd.DataFrame(read_curves(curve, record))
-            for record, curve in own
-            if "error" not in record and curve.exists()
-        ]
+        timed = [(record, curve) for record, curve in own if "error" not in record and curve.exists()]
+        curves = [pd.DataFrame(read_curves(curve, record)) for record, curve in timed]
         found[row.label] = Evidence(ended, curves)
     return found
 

@@ -111,7 +111,7 @@ def results(planned: Sequence[PlannedRun]) -> Iterator[Results]:
         yield Results(row, runs[0].run.model.policy, len(runs), records, diverged)
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_published(file: Path) -> dict[str, Any]:
     """A published record.
 
     Raises:
@@ -146,7 +146,7 @@ def exchange(planned: Sequence[PlannedRun], published: Path) -> None:
     for one in planned:
         file, epochs = published / f"{one.run.name}.json", published / f"{one.run.name}.csv"
         folder = one.folder
-        theirs = read(file) if file.exists() and not folder.complete else None
+        theirs = read_published(file) if file.exists() and not folder.complete else None
         if theirs and theirs["config"] != one.run.identity:
             raise ConfigError(f"{file} is the record of another run; delete it")
         if theirs and "error" not in theirs:

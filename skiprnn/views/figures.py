@@ -14,7 +14,7 @@ Complete runs alone; usage and neurons are of the row's run with the best valida
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +33,7 @@ from skiprnn.data.base import DataError
 from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.experiments import Row as PlannedRow
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.papers.records import SECONDS, read_curves, steps_per_epoch, weights_file
 from skiprnn.training import measures as metrics
@@ -54,9 +55,9 @@ class Row:
     """A row of the plan that has complete runs."""
 
     number: int  # in the plan, from 1
+    planned: PlannedRow
     runs: list[RunFolder]
     records: list[dict[str, Any]]
-    published: dict[str, Any] = field(default_factory=dict)  # metric: [mean, std], or a number
     folder: Path | None = None  # of published results, where weights may be that are not in the run's folder
 
     @property
@@ -82,14 +83,19 @@ class Row:
         most = max((len(columns["epoch"]) for columns in found), default=0)
         return Curves.of([columns for columns in found if len(columns["epoch"]) == most])
 
+    @property
+    def best_run(self) -> RunFolder:
+        """The one with the best validation score."""
+        scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
+        return self.runs[metrics.BETTER[self.records[0]["task"]](scores)[1]]
+
     def best(self) -> Path:
-        """The checkpoint of the run with the best validation score, its own or the published one.
+        """The checkpoint of the best run, its own or the published one.
 
         Raises:
             ConfigError: it is not here; another run's would not show what the row can do.
         """
-        scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
-        run = self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
+        run = self.best_run
         published = [weights_file(self.folder, run.run.name)] if self.folder else []
         found = next((file for file in (run.best, *published) if file.exists()), None)
         if not found:
@@ -107,7 +113,7 @@ def complete(planned: Sequence[PlannedRun], folder: Path | None = None) -> list[
     for number, (row, group) in enumerate(groupby(planned, lambda one: one.row), start=1):
         runs = [one.folder for one in group if one.folder.complete]
         if runs:
-            rows.append(Row(number, runs, [run.record() for run in runs], row.published, folder))
+            rows.append(Row(number, row, runs, [run.record() for run in runs], folder))
     return rows
 
 
@@ -202,8 +208,9 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> dict[str, A
             label += f", {style.budget(row.run.model)}"
         if not kind.learned or index in shown:
             handles[label] = handle
-        if row.score in row.published and "state_updates" in row.published:
-            (x, across), (y, up) = (_published(row, metric) for metric in ("state_updates", row.score))
+        published = [row.planned.paper(metric) for metric in ("state_updates", row.score)]
+        if all(mean is not None for mean, _ in published):
+            (x, across), (y, up) = ((mean, std or 0.0) for mean, std in published)
             hollow = look | {"markerfacecolor": "white", "markersize": 4.5, "marker": "D"}
             handles["hollow: published"] = axes.errorbar(x, y, up, across, **hollow)
     return dict(sorted(handles.items(), key=lambda one: one[0].startswith("hollow")))
@@ -212,12 +219,6 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> dict[str, A
 def _budget_of(point: tuple[Row, str]) -> tuple[float, float]:
     model = point[0].run.model
     return model.p_skip or 0.0, model.cost_per_sample
-
-
-def _published(row: Row, metric: str) -> tuple[float, float]:
-    """Mean and standard deviation, 0 where none is published."""
-    value = row.published[metric]
-    return tuple(value) if isinstance(value, list) else (value, 0.0)
 
 
 def _label(row: Row) -> str:
@@ -343,9 +344,8 @@ def pictures(rows: Sequence[Row], every: bool = True) -> Iterator[tuple[str, Cal
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
     """A picture of the row's best run, from its checkpoint, which must be its own."""
     run, file = row.run, row.best()
-    for own in row.runs:
-        if own.best == file:
-            own.checkpoint(file)
+    if file == row.best_run.best:
+        row.best_run.checkpoint(file)
     return draw(load(file, data_root=run.data_root, device=run.device, threads=run.threads))
 
 

@@ -23,6 +23,7 @@ from skiprnn.papers.plan import PlannedRun, SavedPlan, apart, digest, saved_plan
 from skiprnn.papers.records import SECONDS, has_own_time, read_curves, steps_per_epoch
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, locked_files
+from skiprnn.training.measures import SCORES
 from skiprnn.views import style
 from skiprnn.views.curves import Curves, clock, spread
 
@@ -85,7 +86,7 @@ def sweep(
 ) -> dict[str, Any]:
     """A sweep over one data set."""
     numbers = statistics.rows(experiment, planned)
-    score = "mse" if "mse" in experiment.columns else "accuracy"
+    score = experiment.score
     updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
     shown = {f"validation/{score}": METRICS[score].heading, "validation/state_updates": "State updates"}
     shown |= {"validation/loss": "Loss", "train/loss": "Training loss"}
@@ -148,8 +149,8 @@ def progress(one: PlannedRun, row: int, locked: set[int], tell: Tell) -> dict[st
     epochs, moved = planned, ""
     results: list[float | None] = [None, None]
     if state == "complete":
-        test = folder.record()["best"]["test"]
-        results = [short(test["mse"] if "mse" in test else test["accuracy"]), short(test["state_updates"])]
+        record = folder.record()
+        results = [short(record["best"]["test"][name]) for name in (SCORES[record["task"]], "state_updates")]
     else:
         epochs = folder.epochs_done()
         with suppress(FileNotFoundError):
@@ -232,15 +233,9 @@ def detail(one: PlannedRun, tell: Tell) -> dict[str, Any]:
     }
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any]) -> dict[Any, Any]:
     """{"model": {"cell": "lstm"}} as {"model.cell": "lstm"}."""
-    if not isinstance(settings, dict) or not settings:
-        return {prefix: settings}
-    return {
-        key: value
-        for name, part in settings.items()
-        for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
-    }
+    return pd.json_normalize(settings).to_dict("records")[0]
 
 
 def runs_of(output: Path) -> dict[str, PlannedRun]:
