@@ -22,7 +22,8 @@ from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.records import exchange
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import locked_files
-from skiprnn.views import page
+from skiprnn.views import page, workspace
+from skiprnn.views.server import Server
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_folder_without_runs(tmp_path, capsys):
 
 @pytest.fixture
 def address(output):
-    with dashboard.Server(0, output, ()) as server:
+    with Server(0, output, ()) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -455,7 +456,7 @@ def test_browser_follows_a_sweep(window, tmp_path):
         [["data=digits", f"output={tmp_path}", "training.epochs=30", "training.cost_free_epochs=0"]]
     )
     plan.save_plan(None, "seed=0", planned)
-    with dashboard.Server(0, tmp_path, ()) as server:
+    with Server(0, tmp_path, ()) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         show(window, f"http://127.0.0.1:{server.server_port}/", charts=0)
         assert "1 waiting" in window.run("return document.querySelector('#far').textContent")
@@ -475,9 +476,9 @@ def wandb_library():
 
 
 def test_workspace_has_the_views(wandb_library):
-    workspace = dashboard.workspace("someone", "skiprnn")
-    spec = json.dumps(workspace._to_model().model_dump(mode="json"))
-    assert [len(section.panels) for section in workspace.sections] == [3, 4, 1]
+    made = workspace.workspace("someone", "skiprnn")
+    spec = json.dumps(made._to_model().model_dump(mode="json"))
+    assert [len(section.panels) for section in made.sections] == [3, 4, 1]
     for key in ("test/accuracy", "test/state_updates", "validation/accuracy", "usage", "lambda"):
         assert key in spec
 
@@ -492,4 +493,4 @@ def test_workspace_without_a_key(wandb_library, monkeypatch, tmp_path):
 def test_workspace_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"--wandb needs wandb: pip install 'skiprnn\[wandb\]'"):
-        dashboard.save_workspace("someone/skiprnn")
+        workspace.save("someone/skiprnn")
