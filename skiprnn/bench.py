@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from skiprnn.benchmarks import cpu, gpu
 from skiprnn.benchmarks.networks import RATES
@@ -54,23 +53,6 @@ def machine(threads: int) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def table(report: dict) -> Table:
-    """Times relative to torch.nn's, default and tuned malloc side by side."""
-    result = Table("shape", "cell", "task", "network", "default malloc", "tuned malloc", "ms", "floor ms")
-    for default, tuned in zip(report["default"]["times"], report["tuned"]["times"], strict=True):
-        for name, seconds in default["seconds"].items():
-            relative = [run["seconds"][name] / run["seconds"]["torch"] for run in (default, tuned)]
-            lowest = default["floor"].get(name)
-            result.add_row(
-                *(default[key] for key in ("shape", "cell", "task")),
-                name,
-                *(f"{value:.3f}" for value in relative),
-                f"{seconds * 1e3:.1f}",
-                "" if lowest is None else f"{lowest * 1e3:.1f}",
-            )
-    return result
 
 
 def draw(report: dict) -> Any:
@@ -121,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (given.output / "bench.json").write_text(json.dumps(report, indent=1))
     draw(report).savefig(given.output / "time-against-rate.png", dpi=300)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    console.print(table(report))
+    console.print(cpu.table(report))
     if "gpu" in report:
         console.print(gpu.table(report["gpu"]))
     torch_bytes = report["memory"]["torch"]

@@ -111,9 +111,9 @@ def test_page_shows_each_run_with_its_settings(html, output):
 
 
 def test_page_shows_the_claims_with_their_verdicts(html):
-    claims = held(html)["claims"]
-    assert [one["text"] for one in claims] == [one.text for one in judge(Path("results"))]
-    assert all(one["best"] and "findings" in one for one in claims)
+    (claims, tests), found = (one["cells"] for one in held(html)["claims"]), judge(Path("results"))
+    assert [line[1:] for line in claims] == [[one.text, one.source, one.best, one.last] for one in found]
+    assert [line[1] for line in tests] == [test.statement for one in found for test in one.findings]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_browser_shows_a_run_beside_another(window, file, html):
 def test_browser_shows_the_claims(window, file, html):
     show(window, f"{file}#sweep=claims", charts=0)
     text = window.run("return document.querySelector('#claims').innerText")
-    assert all(claim["text"] in text for claim in held(html)["claims"])
+    assert all(claim[1] in text for claim in held(html)["claims"][0]["cells"])
 
 
 def test_browser_follows_a_sweep(window, tmp_path):

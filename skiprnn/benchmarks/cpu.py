@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor, nn
 
 from skiprnn import Recurrent
@@ -149,3 +150,20 @@ def peak_memory(name: str) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train(rnn, x)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def table(report: dict) -> Table:
+    """Times relative to torch.nn's, default and tuned malloc side by side."""
+    result = Table("shape", "cell", "task", "network", "default malloc", "tuned malloc", "ms", "floor ms")
+    for default, tuned in zip(report["default"]["times"], report["tuned"]["times"], strict=True):
+        for name, seconds in default["seconds"].items():
+            relative = [run["seconds"][name] / run["seconds"]["torch"] for run in (default, tuned)]
+            lowest = default["floor"].get(name)
+            result.add_row(
+                *(default[key] for key in ("shape", "cell", "task")),
+                name,
+                *(f"{value:.3f}" for value in relative),
+                f"{seconds * 1e3:.1f}",
+                "" if lowest is None else f"{lowest * 1e3:.1f}",
+            )
+    return result

@@ -299,8 +299,8 @@ def _settings(row: Row) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def markdown(claims: Sequence[Claim]) -> str:
-    """Two tables: the claims, and their tests."""
+def tables(claims: Sequence[Claim]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As people read them: the claims, and their tests."""
     overview = pd.DataFrame(
         {
             "": number,
@@ -325,11 +325,16 @@ def markdown(claims: Sequence[Claim]) -> str:
         for number, claim in enumerate(claims, 1)
         for finding in claim.findings
     )
+    return overview, tests
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+    """Both tables."""
     legend = (
         "Made from the records in this folder. A test holds if it is shown at 5 %, and does not if the contrary is: "
         "means by Welch's t-test, with 90 % intervals, spreads by an F-test, trends by Kendall's τ, times by an exact "
         f"rank test. A row of fewer than {LEAST_RUNS} runs decides nothing. A claim holds if all its tests do. Best "
         "epoch: the one with the best validation score. Not tested: no statistic of the records can show it."
     )
-    tables = [table.to_markdown(index=False, disable_numparse=True) for table in (overview, tests)]
-    return f"# What the papers claim\n\n{tables[0]}\n\n{legend}\n\n{tables[1]}\n"
+    overview, tests = (table.to_markdown(index=False, disable_numparse=True) for table in tables(claims))
+    return f"# What the papers claim\n\n{overview}\n\n{legend}\n\n{tests}\n"

@@ -4,7 +4,6 @@ import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby, islice
 from pathlib import Path
@@ -55,8 +54,13 @@ def sweeps(output: Path, tell: Tell) -> list[tuple[Experiment, str, list[Planned
 
 
 def judged(results: Path) -> list[dict[str, Any]]:
-    """The papers' claims, by a folder of published records."""
-    return [asdict(one) | {"best": one.best, "last": one.last} for one in claims.read(results)]
+    """The papers' claims and their tests, by a folder of published records."""
+    return [tabular(one) for one in claims.tables(claims.read(results))]
+
+
+def tabular(table: pd.DataFrame) -> dict[str, Any]:
+    """As the page has it."""
+    return {"columns": list(table.columns), "cells": table.to_numpy().tolist()}
 
 
 def content(output: Path, tell: Tell, claims: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -121,7 +125,6 @@ def sweep(
             }
         )
     counts = {state: sum(one["state"] == state for one in runs) for state in reversed(STATES.values())}
-    texts = table.layout(experiment, numbers), table.verdicts(experiment, numbers)
     return {
         "name": digest(planned),
         "title": experiment.title,
@@ -131,7 +134,7 @@ def sweep(
         "updates": METRICS[updates].heading,
         "metrics": shown,
         "seconds": SECONDS[used] if used else "seconds, which not every run has of its own",
-        "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in texts],
+        "tables": [tabular(read(experiment, numbers)) for read in (table.layout, table.verdicts)],
         "rows": rows,
         "runs": runs,
         "pictures": pictures,
