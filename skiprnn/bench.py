@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from skiprnn.benchmarks import cpu, gpu
 from skiprnn.benchmarks.networks import RATES
+from skiprnn.training.config import arguments_of
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -42,11 +42,8 @@ def machine(threads: int) -> dict:
     from skiprnn.model.engines.native import build
 
     info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if (info.exists())
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
@@ -56,23 +53,6 @@ def machine(threads: int) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def table(report: dict) -> Table:
-    """Times relative to torch.nn's, default and tuned malloc side by side."""
-    result = Table("shape", "cell", "task", "network", "default malloc", "tuned malloc", "ms", "floor ms")
-    for default, tuned in zip(report["default"]["times"], report["tuned"]["times"], strict=True):
-        for name, seconds in default["seconds"].items():
-            relative = [run["seconds"][name] / run["seconds"]["torch"] for run in (default, tuned)]
-            lowest = default["floor"].get(name)
-            result.add_row(
-                *(default[key] for key in ("shape", "cell", "task")),
-                name,
-                *(f"{value:.3f}" for value in relative),
-                f"{seconds * 1e3:.1f}",
-                "" if lowest is None else f"{lowest * 1e3:.1f}",
-            )
-    return result
 
 
 def draw(report: dict) -> Any:
@@ -106,8 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder for bench.json and the plot")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
-    given = parser.parse_args(arguments)
+    given = arguments_of(parser, arguments)
     if given.child:
         done = {"bytes": cpu.peak_memory(given.memory)} if given.memory else cpu.measure(given)
         given.child.write_text(json.dumps(done))
@@ -124,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (given.output / "bench.json").write_text(json.dumps(report, indent=1))
     draw(report).savefig(given.output / "time-against-rate.png", dpi=300)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    console.print(table(report))
+    console.print(cpu.table(report))
     if "gpu" in report:
         console.print(gpu.table(report["gpu"]))
     torch_bytes = report["memory"]["torch"]

@@ -234,7 +234,7 @@ def publish(results: Path, rows: dict[str, list[tuple[float, float, int]]]) -> N
             test = {"validation": measured, "test": measured | {"inference_flops": 1.0}}
             facts = {"steps": 784, "solved_at": None, "input_flops": 0.0, "examples": {"train": 55000}}
             file.write_text(json.dumps(facts | {"config": run.identity, "best": test, "final": test}))
-            curve([0.1] * (epochs - 1) + [0.95]).to_csv(file.with_suffix(".csv"))
+            curve([0.1] * (epochs - 1) + [0.95]).to_csv(file.with_suffix(".csv"), index_label="epoch")
 
 
 def as_claimed(cell: str) -> dict[str, list[tuple[float, float, int]]]:

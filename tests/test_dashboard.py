@@ -19,9 +19,11 @@ from skiprnn import dashboard
 from skiprnn.papers import plan
 from skiprnn.papers.claims import read as judge
 from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.records import exchange
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import locked_files
-from skiprnn.views import page
+from skiprnn.views import page, workspace
+from skiprnn.views.server import Server
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +104,59 @@ def test_page_shows_each_run_with_its_settings(html, output):
         == record["best"]["test"]["accuracy"]
         == pytest.approx(run["results"][0], rel=1e-4)
     )
-    assert found["curves"]["epoch"] == list(range(scale.EPOCHS))
+    assert found["curves"]["epoch"] == list(range(1, scale.EPOCHS + 1))
+    waiting = next(run["name"] for sweep in content["sweeps"] for run in sweep["runs"] if run["state"] == "waiting")
+    assert content["details"][waiting]["record"] == {}, "nor a line without a name"
     assert len(content["details"]) == sum(len(sweep["runs"]) for sweep in content["sweeps"]) == 41
 
 
 def test_page_shows_the_claims_with_their_verdicts(html):
-    claims = held(html)["claims"]
-    assert [one["text"] for one in claims] == [one.text for one in judge(Path("results"))]
-    assert all(one["best"] and "findings" in one for one in claims)
+    (claims, tests), found = (one["cells"] for one in held(html)["claims"]), judge(Path("results"))
+    assert [line[1:] for line in claims] == [[one.text, one.source, one.best, one.last] for one in found]
+    assert [line[1] for line in tests] == [test.statement for one in found for test in one.findings]
+
+
+@pytest.mark.parametrize(
+    ("places", "known"),
+    [(None, True), ([{"pack": 1}], True), ([{"pack": 1}, {"pack": 6}], False), ([], False)],
+)
+def test_seconds_that_runs_shared_are_not_compared(places, known, tmp_path):
+    """Nor those of a run that is underway beside others."""
+    both = [["data=digits", f"output={tmp_path}", f"model={name}", "training.epochs=30"] for name in ("gru", "lstm")]
+    planned = scale.planned_runs(both)
+    plan.save_plan(None, "model=gru,lstm", planned)
+    for one in planned:
+        scale.finish(one)
+    record = planned[1].folder.record()
+    planned[1].folder.finish(record if places is None else record | {"places": places})
+    (sweep,) = page.content(tmp_path, pytest.fail)["sweeps"]
+    assert [row["curves"]["seconds"] is not None for row in sweep["rows"]] == [known] * 2
+    assert (sweep["seconds"] == "seconds passed, training and validation") == known
+    shown = page.detail(planned[1], pytest.fail)["record"]["seconds"]
+    assert shown == (45.0 if known else "45 (of several runs at once)")
+
+
+@pytest.mark.parametrize(("pack", "known"), [("", True), (1, True), (2, False)])
+def test_seconds_of_a_run_underway_are_its_own_or_not(pack, known, tmp_path):
+    """The first epoch's from before metrics.csv said it."""
+    (one,) = scale.planned_runs([["data=digits", f"output={tmp_path}"]])
+    plan.save_plan(None, "seed=0", [one])
+    one.folder.path.mkdir(parents=True)
+    one.folder.metrics_file.write_text(f"epoch,validation/accuracy,seconds,pack\n0,0.5,1,\n1,0.5,1,{pack}\n")
+    (row,) = page.content(tmp_path, pytest.fail)["sweeps"][0]["rows"]
+    assert row["curves"]["seconds"] == ([1, 2] if known else None)
+
+
+def test_the_published_runs_that_shared_a_gpu_have_no_seconds(tmp_path):
+    experiment, planned, _ = plan.requested(
+        ["experiment=table1", "profile=mnist/paper", "seed=0", f"output={tmp_path}"]
+    )
+    exchange(planned, Path("results/table1-paper/records"))
+    plan.save_plan(experiment, "experiment=table1", planned)
+    (sweep,) = page.content(tmp_path, pytest.fail)["sweeps"]
+    drawn = [row["curves"] for row in sweep["rows"] if row["curves"]["epoch"]]
+    assert [curves["epoch"][-1] for curves in drawn] == [600] * 6
+    assert [curves["seconds"] for curves in drawn] == [None] * 6
 
 
 def test_long_curves_are_thinned_and_end_at_the_last_epoch(tmp_path):
@@ -119,7 +166,9 @@ def test_long_curves_are_thinned_and_end_at_the_last_epoch(tmp_path):
         "epoch,validation/accuracy,seconds\n" + "".join(f"{epoch},{epoch / 1000},1\n" for epoch in range(600))
     )
     record = {"examples": {"train": 640}}
-    curves = page.of_row_curves([one.folder], ["validation/accuracy"], record, 1, pytest.fail)
+    curves = page.of_row_curves(
+        one.run, page.curves_of([one], pytest.fail), ["validation/accuracy"], "seconds", record, 1
+    )
     assert len(curves["epoch"]) == page.POINTS
     assert [line[-1] for line in curves["validation/accuracy"]] == [0.599] * 3
     assert (curves["epoch"][-1], curves["steps"][-1], curves["seconds"][-1]) == (600, 6000, 600)
@@ -219,7 +268,7 @@ def test_folder_without_runs(tmp_path, capsys):
 
 @pytest.fixture
 def address(output):
-    with dashboard.Server(0, output, ()) as server:
+    with Server(0, output, ()) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -388,6 +437,9 @@ def test_browser_shows_a_run_beside_another(window, file, html):
     )
     assert {"model.name", "model.cell", "model.policy", "model.p_skip"} <= set(settings)
     assert "training.epochs" not in settings
+    labels = "document.querySelectorAll('#curves > :last-child .role-axis-label text')"
+    scale_of = window.run(f"return [...{labels}].map(one => +one.textContent)")
+    assert 0.001 in scale_of, "of the learning rate, which is constant"
     window.run("document.querySelector('#back').click()")
     window.until(f"{DRAWN} === 2")
 
@@ -395,7 +447,7 @@ def test_browser_shows_a_run_beside_another(window, file, html):
 def test_browser_shows_the_claims(window, file, html):
     show(window, f"{file}#sweep=claims", charts=0)
     text = window.run("return document.querySelector('#claims').innerText")
-    assert all(claim["text"] in text for claim in held(html)["claims"])
+    assert all(claim[1] in text for claim in held(html)["claims"][0]["cells"])
 
 
 def test_browser_follows_a_sweep(window, tmp_path):
@@ -404,7 +456,7 @@ def test_browser_follows_a_sweep(window, tmp_path):
         [["data=digits", f"output={tmp_path}", "training.epochs=30", "training.cost_free_epochs=0"]]
     )
     plan.save_plan(None, "seed=0", planned)
-    with dashboard.Server(0, tmp_path, ()) as server:
+    with Server(0, tmp_path, ()) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         show(window, f"http://127.0.0.1:{server.server_port}/", charts=0)
         assert "1 waiting" in window.run("return document.querySelector('#far').textContent")
@@ -424,9 +476,9 @@ def wandb_library():
 
 
 def test_workspace_has_the_views(wandb_library):
-    workspace = dashboard.workspace("someone", "skiprnn")
-    spec = json.dumps(workspace._to_model().model_dump(mode="json"))
-    assert [len(section.panels) for section in workspace.sections] == [3, 4, 1]
+    made = workspace.workspace("someone", "skiprnn")
+    spec = json.dumps(made._to_model().model_dump(mode="json"))
+    assert [len(section.panels) for section in made.sections] == [3, 4, 1]
     for key in ("test/accuracy", "test/state_updates", "validation/accuracy", "usage", "lambda"):
         assert key in spec
 
@@ -441,4 +493,4 @@ def test_workspace_without_a_key(wandb_library, monkeypatch, tmp_path):
 def test_workspace_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"--wandb needs wandb: pip install 'skiprnn\[wandb\]'"):
-        dashboard.save_workspace("someone/skiprnn")
+        workspace.save("someone/skiprnn")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import skiprnn
 from skiprnn import dashboard, evaluate, publish, tables
 from skiprnn.model import pretrained
+from skiprnn.papers import release
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError
 
@@ -35,7 +36,7 @@ def published(small_run, tmp_path):
         run = small_run("training.epochs=1", "+training.train_batches=1", *overrides)
         trained(run)
         folder = runs.RunFolder(run)
-        return folder, publish.export(folder, tmp_path / "published")
+        return folder, release.export(folder, tmp_path / "published")
 
     return make
 
@@ -232,6 +233,8 @@ def test_the_command_publishes_the_complete_runs_with_their_cards(published, tmp
     ):
         assert part in card
     assert json.loads(json.dumps(record))["git"] is None or record["git"]["commit"] in card
+    beside = release.card(record | {"places": [{"pack": 6}]}, load_file(file))
+    assert beside.count("(of several runs at once)") == 1 + card.count("(of several runs at once)") == 1
     folder.best.unlink()  # as where another machine's record was taken over
     publish.main([*overrides, *settings, f"publish={target}"])
     printed = capsys.readouterr().out

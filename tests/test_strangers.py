@@ -15,13 +15,13 @@ from conftest import compose, trained
 from safetensors import safe_open
 from safetensors.torch import save
 
-from skiprnn import evaluate, publish
+from skiprnn import evaluate
 from skiprnn.data.base import DataError, read_npz
 from skiprnn.data.imdb import IMDb
 from skiprnn.data.ucf101.store import FeatureStore
 from skiprnn.model import pretrained
 from skiprnn.model.recurrent import Recurrent
-from skiprnn.papers import records
+from skiprnn.papers import records, release
 from skiprnn.training import config
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_record
@@ -36,7 +36,7 @@ def honest(tmp_path_factory):
     small = ["model=skip_lstm", "model.hidden_size=6", "training.epochs=1", "training.batch_size=256", "device=cpu"]
     run = config.read(compose([*small, "threads=1", f"output={folder}"]))
     trained(run)
-    return RunFolder(run).best, publish.export(RunFolder(run), folder)
+    return RunFolder(run).best, release.export(RunFolder(run), folder)
 
 
 @pytest.fixture(params=["ckpt", "safetensors"])
@@ -218,7 +218,7 @@ def test_json_may_not_be_nested_beyond_what_python_can_read(name, honest, tmp_pa
             assert "is damaged" in str(folder.failure)
         case "published":
             with pytest.raises(ConfigError, match="is damaged; delete it"):
-                records.read(file)
+                records.read_published(file)
         case "plan" | "config.yaml":
             assert page.sweeps(tmp_path, told.append) == []
             assert len(told) == 1
@@ -272,10 +272,10 @@ def test_a_record_does_not_say_where_it_is_published(honest, tmp_path):
     shutil.copytree(honest[0].parent, folder.path)
     record = json.loads(folder.record_file.read_bytes())
     folder.record_file.write_text(json.dumps(record | {"name": "../../../elsewhere"}))
-    assert publish.export(folder, tmp_path / "public").is_relative_to(tmp_path / "public" / "checkpoints" / run.name)
+    assert release.export(folder, tmp_path / "public").is_relative_to(tmp_path / "public" / "checkpoints" / run.name)
     folder.record_file.write_text(json.dumps(record | {"versions": None}))
     with pytest.raises(ConfigError, match=r"record.json is damaged .*; delete it"):
-        publish.export(folder, tmp_path / "other")
+        release.export(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

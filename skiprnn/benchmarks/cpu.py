@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor, nn
 
 from skiprnn import Recurrent
@@ -123,7 +124,7 @@ def measure(arguments) -> dict:
                     functions = candidates(cell, shape, task, reference)
                     label = f"{name}, {cell}, {task.__name__}"
                     bar = progress.add_task(label, total=len(functions) * (arguments.repetitions + 1))
-                    seconds = alternate(functions, arguments.repetitions, lambda bar=bar: progress.advance(bar))
+                    seconds = alternate(functions, arguments.repetitions, partial(progress.advance, bar))
                     floors = {f"skip {r}": floor(cell, shape, 1 / n, task, speed) for n, r in RATES.items()}
                     measured["times"].append(
                         {"shape": name, "cell": cell, "task": task.__name__, "seconds": seconds, "floor": floors}
@@ -135,7 +136,7 @@ def measure(arguments) -> dict:
             functions = {str(n): partial(task, rnn, x) for n, rnn in networks.items()}
             bar = progress.add_task(f"against rate, {task.__name__}", total=len(CURVE) * (arguments.repetitions + 1))
             measured["curve"][task.__name__] = alternate(
-                functions, arguments.repetitions, lambda bar=bar: progress.advance(bar)
+                functions, arguments.repetitions, partial(progress.advance, bar)
             )
     return measured
 
@@ -149,3 +150,20 @@ def peak_memory(name: str) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train(rnn, x)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def table(report: dict) -> Table:
+    """Times relative to torch.nn's, default and tuned malloc side by side."""
+    result = Table("shape", "cell", "task", "network", "default malloc", "tuned malloc", "ms", "floor ms")
+    for default, tuned in zip(report["default"]["times"], report["tuned"]["times"], strict=True):
+        for name, seconds in default["seconds"].items():
+            relative = [run["seconds"][name] / run["seconds"]["torch"] for run in (default, tuned)]
+            lowest = default["floor"].get(name)
+            result.add_row(
+                *(default[key] for key in ("shape", "cell", "task")),
+                name,
+                *(f"{value:.3f}" for value in relative),
+                f"{seconds * 1e3:.1f}",
+                "" if lowest is None else f"{lowest * 1e3:.1f}",
+            )
+    return result

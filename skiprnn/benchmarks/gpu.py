@@ -6,8 +6,6 @@ precision, and that its states and gates would take at the speed of a copy. What
 on this GPU, is left out, and named.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -21,6 +19,7 @@ from skiprnn.model import engines
 from skiprnn.model.cells import CELLS
 from skiprnn.model.engines import contact
 from skiprnn.model.recurrent import Recurrent
+from skiprnn.training.timing import alternate, passed
 
 SHAPE = SHAPES["mnist"]
 PACKS = (1, 4, 8, 24)
@@ -30,9 +29,7 @@ ENGINES = ("cuda", "triton")
 def seconds(function: Callable[[], object], device: torch.device) -> float:
     """Of one call, by the device's own clock."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        return passed(function)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     function()
@@ -43,13 +40,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 def medians(functions: dict[str, Callable[[], object]], repetitions: int, device: torch.device) -> dict[str, float]:
     """The median seconds of each, all run in turn after two rounds to warm up (and to compile)."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 2):
-        for name, function in functions.items():
-            taken = seconds(function, device)
-            if repetition > 1:
-                times[name].append(taken)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return alternate(functions, repetitions, seconds=partial(seconds, device=device), warm_up=2)
 
 
 def packed_step(networks: list[Recurrent], x: Tensor, training: bool) -> None:

@@ -20,12 +20,11 @@ from scipy import stats
 
 from skiprnn.papers import experiments
 from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Experiment, Row
-from skiprnn.papers.records import SECONDS, Results, has_own_time, holds, steps_per_epoch
-from skiprnn.papers.records import read as read_record
+from skiprnn.papers.records import SECONDS, Results, holds, read_curves, read_published, steps_per_epoch
 from skiprnn.papers.statistics import LEAST_RUNS, LEVEL, UNDECIDED, Sample, difference, other_data
+from skiprnn.papers.table import MISSING
 from skiprnn.training.config import ConfigError
 
-MISSING = "–"
 HOLDS, FAILS, TOO_FEW, UNTESTED = "holds", "does not hold", "too few runs", "not tested"
 
 
@@ -275,7 +274,7 @@ def published(experiment: Experiment, folder: Path) -> dict[str, Evidence]:
         ConfigError: a row's runs differ in more than the seed.
     """
     files = sorted((folder / "records").glob("*/*/*.json"))
-    records = [(read_record(file), file.with_suffix(".csv")) for file in files]
+    records = [(read_published(file), file.with_suffix(".csv")) for file in files]
     found = {}
     for row in experiment.rows:
         settings = _settings(row)
@@ -286,11 +285,8 @@ def published(experiment: Experiment, folder: Path) -> dict[str, Evidence]:
         complete = [record for record, _ in own if "error" not in record]
         policy = own[0][0]["config"]["model"]["policy"] if own else ""
         ended = Results(row, policy, len(own), complete, len(own) - len(complete))
-        curves = [
-            pd.read_csv(curve).drop(columns=[] if has_own_time(record) else list(SECONDS), errors="ignore")
-            for record, curve in own
-            if "error" not in record and curve.exists()
-        ]
+        timed = [(record, curve) for record, curve in own if "error" not in record and curve.exists()]
+        curves = [pd.DataFrame(read_curves(curve, record)) for record, curve in timed]
         found[row.label] = Evidence(ended, curves)
     return found
 
@@ -303,8 +299,8 @@ def _settings(row: Row) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def markdown(claims: Sequence[Claim]) -> str:
-    """Two tables: the claims, and their tests."""
+def tables(claims: Sequence[Claim]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As people read them: the claims, and their tests."""
     overview = pd.DataFrame(
         {
             "": number,
@@ -329,11 +325,16 @@ def markdown(claims: Sequence[Claim]) -> str:
         for number, claim in enumerate(claims, 1)
         for finding in claim.findings
     )
+    return overview, tests
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+    """Both tables."""
     legend = (
         "Made from the records in this folder. A test holds if it is shown at 5 %, and does not if the contrary is: "
         "means by Welch's t-test, with 90 % intervals, spreads by an F-test, trends by Kendall's τ, times by an exact "
         f"rank test. A row of fewer than {LEAST_RUNS} runs decides nothing. A claim holds if all its tests do. Best "
         "epoch: the one with the best validation score. Not tested: no statistic of the records can show it."
     )
-    tables = [table.to_markdown(index=False, disable_numparse=True) for table in (overview, tests)]
-    return f"# What the papers claim\n\n{tables[0]}\n\n{legend}\n\n{tables[1]}\n"
+    overview, tests = (table.to_markdown(index=False, disable_numparse=True) for table in tables(claims))
+    return f"# What the papers claim\n\n{overview}\n\n{legend}\n\n{tests}\n"

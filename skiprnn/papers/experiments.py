@@ -46,6 +46,11 @@ class Row:
     overrides: tuple[str, ...] = ()
     published: dict[str, Any] = field(default_factory=dict)  # metric: [mean, std], or a number
 
+    def paper(self, metric: str) -> tuple[Any, float | None]:
+        """Published mean and standard deviation; None where there is none."""
+        value = self.published.get(metric)
+        return tuple(value) if isinstance(value, list) else (value, None)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -60,6 +65,11 @@ class Experiment:
     # of a metric that is compared: the difference that does not matter; of state_updates as a share of the steps
     margins: dict[str, float] = field(default_factory=dict)
     published_data: dict[str, Any] = field(default_factory=dict)  # what a record says if its data are the paper's
+
+    @property
+    def score(self) -> str:
+        """What its networks are measured by: "mse" or "accuracy"."""
+        return "mse" if "mse" in self.columns else "accuracy"
 
     @property
     def data(self) -> str:

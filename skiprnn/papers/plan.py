@@ -14,6 +14,7 @@ from skiprnn.papers.experiments import METRICS, Experiment, Row, load
 from skiprnn.training import config as configs
 from skiprnn.training.config import ConfigError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
+from skiprnn.training.measures import SCORES
 
 if TYPE_CHECKING:  # only who composes a plan needs it; a saved one is read without
     from omegaconf import DictConfig
@@ -189,7 +190,7 @@ def apart(
         table = replace(experiment, title=title)
         if not experiment.name:
             record = next((one.folder.record() for one in group if one.folder.complete), {})
-            score = "mse" if record.get("task") == "regression" else "accuracy"
+            score = SCORES[record.get("task", "classification")]
             table = replace(table, name=f"{data}-{digest(group)}", columns=(score, *experiment.columns[1:]))
         tables.append((table, group))
     if folder and len(tables) > 1:

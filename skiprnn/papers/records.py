@@ -13,9 +13,12 @@ from skiprnn.model import pretrained
 from skiprnn.papers.experiments import LAST, METRICS, SOLVED, Row
 from skiprnn.papers.plan import PlannedRun
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import read_record, write_atomically
+from skiprnn.training.folder import read_metrics, read_record, write_atomically
 
-SECONDS = ("cpu_seconds", "seconds")  # of an epoch; the first counts no other work on the machine, where it is there
+SECONDS = {  # of an epoch, and what they are; the first count no other work on the machine, where they are known
+    "cpu_seconds": "seconds of CPU time, training and validation",
+    "seconds": "seconds passed, training and validation",
+}
 
 
 def both_epochs(columns: Sequence[str]) -> list[str]:
@@ -61,6 +64,17 @@ def has_own_time(record: dict[str, Any]) -> bool:
     return places is None or (bool(places) and all(place.get("pack") == 1 for place in places))
 
 
+def read_curves(file: Path, record: dict[str, Any] | None) -> dict[str, list[float]]:
+    """metrics.csv as read_metrics gives it, with seconds only where they are the run's own.
+
+    Args:
+        record: the run's; None: it is underway, and the file says whose time it was.
+    """
+    columns = read_metrics(file)
+    own = has_own_time(record) if record else not any(pack > 1 for pack in columns.get("pack", ()))
+    return {name: values for name, values in columns.items() if own or name not in SECONDS}
+
+
 @dataclass(frozen=True)
 class Results:
     """A row's runs that ended."""
@@ -97,7 +111,7 @@ def results(planned: Sequence[PlannedRun]) -> Iterator[Results]:
         yield Results(row, runs[0].run.model.policy, len(runs), records, diverged)
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_published(file: Path) -> dict[str, Any]:
     """A published record.
 
     Raises:
@@ -132,7 +146,7 @@ def exchange(planned: Sequence[PlannedRun], published: Path) -> None:
     for one in planned:
         file, epochs = published / f"{one.run.name}.json", published / f"{one.run.name}.csv"
         folder = one.folder
-        theirs = read(file) if file.exists() and not folder.complete else None
+        theirs = read_published(file) if file.exists() and not folder.complete else None
         if theirs and theirs["config"] != one.run.identity:
             raise ConfigError(f"{file} is the record of another run; delete it")
         if theirs and "error" not in theirs:

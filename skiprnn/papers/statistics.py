@@ -139,17 +139,16 @@ def compare(experiment: Experiment, metric: str, rows: Sequence[Results]) -> lis
 def _compare(experiment: Experiment, metric: str, row: Results) -> Comparison | None:
     """One row's, not yet corrected."""
     name = metric.removeprefix(LAST)
-    published, values = row.row.published.get(name), row.values(metric)
-    if published is None or not (name == SOLVED or name in experiment.margins):
+    (mean, std), values = row.row.paper(name), row.values(metric)
+    if mean is None or not (name == SOLVED or name in experiment.margins):
         return None
     if name.startswith(UPDATES) and not POLICIES[row.policy].learned:
         return Comparison(FIXED)
-    mean, std = published if isinstance(published, list) else (published, None)
     if other_data(experiment, row):
         ours = statistics.mean(values)
         return Comparison("other data" if ours == mean else f"{'higher' if ours > mean else 'lower'}, on other data")
     if name == SOLVED:
-        return Comparison(solved_verdict(values, published))
+        return Comparison(solved_verdict(values, mean))
     if len(values) < 2:
         return Comparison(UNDECIDED)
     theirs = Sample(mean, std, experiment.published_runs or 1)
@@ -175,8 +174,7 @@ def rows(experiment: Experiment, planned: Sequence[PlannedRun]) -> pd.DataFrame:
             ours = Sample.of(values) if values else Sample(float("nan"), None, 0)
             line |= {f"{metric}_mean": ours.mean, f"{metric}_std": None if METRICS[metric].share else ours.std}
             if not metric.startswith(LAST):  # it is published once
-                published = row.row.published.get(metric)
-                mean, std = published if isinstance(published, list) else (published, None)
+                mean, std = row.row.paper(metric)
                 line |= {f"published_{metric}_mean": mean, f"published_{metric}_std": std}
             line |= comparison.line(metric) if comparison else {}
     for row, line in zip(ended, lines, strict=True):

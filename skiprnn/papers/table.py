@@ -124,7 +124,7 @@ def caption(experiment: Experiment, planned: Sequence[PlannedRun]) -> str:
         text += " A diverged run is done, has solved nothing, and is in no mean."
     records = [record for row in ended for record in row.records]
     if records and SOLVED in experiment.columns:
-        score = "an MSE below" if "mse" in experiment.columns else "an accuracy above"
+        score = {"mse": "an MSE below", "accuracy": "an accuracy above"}[experiment.score]
         text += f" Solved: {score} {records[0]['solved_at']:.3g}."
     if notes := dict.fromkeys(record["note"] for record in records if record.get("note")):
         text += f" Data: {'; or '.join(notes)}."

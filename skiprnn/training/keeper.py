@@ -116,6 +116,8 @@ class RunKeeper(lightning.Callback):
         row |= {"examples_per_second": examples / self.train_seconds, "seconds": seconds}
         # of all threads; what other work took is not in it
         row |= {"cpu_seconds": time.process_time() - self.started_cpu}
+        # the most runs whose time it was, so far
+        row |= {"pack": max([self.pack, *(place.get("pack", 1) for place in self.places)])}
         for logger in self.loggers:
             logger.log_metrics(row, step=epoch)
         key = measures.SCORES[task]

@@ -5,15 +5,27 @@ import time
 from collections.abc import Callable
 
 
-def alternate(functions: dict[str, Callable[[], None]], repetitions: int, progress=None) -> dict[str, float]:
-    """The median seconds of each function; all run in turn, `repetitions` times after one to warm up."""
+def passed(function: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(
+    functions: dict[str, Callable[[], object]],
+    repetitions: int,
+    progress: Callable[[], object] | None = None,
+    seconds: Callable[[Callable[[], object]], float] = passed,
+    warm_up: int = 1,
+) -> dict[str, float]:
+    """The median seconds of each function; all run in turn, `repetitions` times after some to warm up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 1):
+    for repetition in range(repetitions + warm_up):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                times[name].append(time.perf_counter() - start)
+            taken = seconds(function)
+            if repetition >= warm_up:
+                times[name].append(taken)
             if progress:
                 progress()
     return {name: statistics.median(values) for name, values in times.items()}

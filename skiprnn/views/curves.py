@@ -19,7 +19,7 @@ class Curves:
 
     @classmethod
     def of(cls, runs: Sequence[dict[str, list[float]]]) -> "Curves":
-        """From skiprnn.training.folder.read_metrics."""
+        """From skiprnn.papers.records.read_curves."""
         names = dict.fromkeys(name for run in runs for name in run if name != "epoch")
         epochs = int(max((max(run["epoch"], default=-1) for run in runs), default=-1)) + 1
         columns = {name: np.full((len(runs), epochs), np.nan) for name in names}
@@ -34,6 +34,11 @@ class Curves:
         """A metric (R, E); without runs or column (0, 0)."""
         return self.columns.get(metric, np.empty((0, 0)))
 
+    @property
+    def epochs(self) -> np.ndarray:
+        """From 1 (E,)."""
+        return 1 + np.arange(next(iter(self.columns.values()), np.empty((0, 0))).shape[1])
+
     def seconds(self, clock: str) -> np.ndarray:
         """Until the end of each epoch (E,), training and validation, mean over the runs.
 
@@ -43,9 +48,13 @@ class Curves:
         return spread(self[clock].cumsum(1))[0]
 
 
-def clock(rows: Sequence[Curves]) -> str:
-    """The one of SECONDS that all rows have."""
-    return next((name for name in SECONDS if all(np.isfinite(row[name]).any() for row in rows)), SECONDS[-1])
+def clock(rows: Sequence[Curves]) -> str | None:
+    """The one of SECONDS that all runs of all rows have; None: there is none."""
+
+    def in_all(values: np.ndarray) -> bool:
+        return bool(values.size and np.isfinite(values).any(1).all())
+
+    return next((name for name in SECONDS if all(in_all(row[name]) for row in rows)), None)
 
 
 def spread(values: np.ndarray) -> np.ndarray:

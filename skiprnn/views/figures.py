@@ -14,7 +14,7 @@ Complete runs alone; usage and neurons are of the row's run with the best valida
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -33,11 +33,12 @@ from skiprnn.data.base import DataError
 from skiprnn.model.cells import CELLS
 from skiprnn.model.policies import POLICIES
 from skiprnn.papers.experiments import Experiment
+from skiprnn.papers.experiments import Row as PlannedRow
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.papers.records import has_own_time, steps_per_epoch, weights_file
+from skiprnn.papers.records import SECONDS, read_curves, steps_per_epoch, weights_file
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
+from skiprnn.training.folder import RunFolder, write_atomically
 from skiprnn.training.job import load
 from skiprnn.training.module import SequenceModule
 from skiprnn.views import samples as usage
@@ -54,9 +55,9 @@ class Row:
     """A row of the plan that has complete runs."""
 
     number: int  # in the plan, from 1
+    planned: PlannedRow
     runs: list[RunFolder]
     records: list[dict[str, Any]]
-    published: dict[str, Any] = field(default_factory=dict)  # metric: [mean, std], or a number
     folder: Path | None = None  # of published results, where weights may be that are not in the run's folder
 
     @property
@@ -77,18 +78,24 @@ class Row:
     @cached_property
     def curves(self) -> Curves:
         """Of the runs whose metrics.csv has all epochs."""
-        found = [read_metrics(run.metrics_file) for run in self.runs if run.metrics_file.exists()]
+        both = zip(self.runs, self.records, strict=True)
+        found = [read_curves(run.metrics_file, record) for run, record in both if run.metrics_file.exists()]
         most = max((len(columns["epoch"]) for columns in found), default=0)
         return Curves.of([columns for columns in found if len(columns["epoch"]) == most])
 
+    @property
+    def best_run(self) -> RunFolder:
+        """The one with the best validation score."""
+        scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
+        return self.runs[metrics.BETTER[self.records[0]["task"]](scores)[1]]
+
     def best(self) -> Path:
-        """The checkpoint of the run with the best validation score, its own or the published one.
+        """The checkpoint of the best run, its own or the published one.
 
         Raises:
             ConfigError: it is not here; another run's would not show what the row can do.
         """
-        scores = [(record["best"]["validation"][self.score], number) for number, record in enumerate(self.records)]
-        run = self.runs[(min(scores) if self.score == "mse" else max(scores))[1]]
+        run = self.best_run
         published = [weights_file(self.folder, run.run.name)] if self.folder else []
         found = next((file for file in (run.best, *published) if file.exists()), None)
         if not found:
@@ -106,7 +113,7 @@ def complete(planned: Sequence[PlannedRun], folder: Path | None = None) -> list[
     for number, (row, group) in enumerate(groupby(planned, lambda one: one.row), start=1):
         runs = [one.folder for one in group if one.folder.complete]
         if runs:
-            rows.append(Row(number, runs, [run.record() for run in runs], row.published, folder))
+            rows.append(Row(number, row, runs, [run.record() for run in runs], folder))
     return rows
 
 
@@ -201,8 +208,9 @@ def _tradeoff_curve(axes: Axes, policy: str, rows: Sequence[Row]) -> dict[str, A
             label += f", {style.budget(row.run.model)}"
         if not kind.learned or index in shown:
             handles[label] = handle
-        if row.score in row.published and "state_updates" in row.published:
-            (x, across), (y, up) = (_published(row, metric) for metric in ("state_updates", row.score))
+        published = [row.planned.paper(metric) for metric in ("state_updates", row.score)]
+        if all(mean is not None for mean, _ in published):
+            (x, across), (y, up) = ((mean, std or 0.0) for mean, std in published)
             hollow = look | {"markerfacecolor": "white", "markersize": 4.5, "marker": "D"}
             handles["hollow: published"] = axes.errorbar(x, y, up, across, **hollow)
     return dict(sorted(handles.items(), key=lambda one: one[0].startswith("hollow")))
@@ -213,12 +221,6 @@ def _budget_of(point: tuple[Row, str]) -> tuple[float, float]:
     return model.p_skip or 0.0, model.cost_per_sample
 
 
-def _published(row: Row, metric: str) -> tuple[float, float]:
-    """Mean and standard deviation, 0 where none is published."""
-    value = row.published[metric]
-    return tuple(value) if isinstance(value, list) else (value, 0.0)
-
-
 def _label(row: Row) -> str:
     """Of a row's curve, with how many of its runs have one, if not all."""
     shown = len(row.curves["validation/state_updates"])
@@ -227,15 +229,10 @@ def _label(row: Row) -> str:
 
 def _with_curves(rows: Sequence[Row]) -> list[Row]:
     """Raises ConfigError: none has its metrics.csv, or of one epoch only."""
-    rows = [row for row in rows if row.curves["validation/state_updates"].shape[1] > 1]
+    rows = [row for row in rows if len(row.curves.epochs) > 1]
     if not rows:
         raise ConfigError("a curve needs metrics.csv of two epochs")
     return rows
-
-
-def epochs(row: Row) -> np.ndarray:
-    """From 1, of its curves."""
-    return 1 + np.arange(row.curves["validation/state_updates"].shape[1])
 
 
 def _draw_curves(axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], np.ndarray]) -> None:
@@ -267,7 +264,7 @@ def curves(title: str, rows: Sequence[Row], alike: Sequence[Row]) -> Figure:
     upper, lower = figure.subplots(2, sharex=True)
     score = rows[0].score
     for axes, metric in ((upper, score), (lower, "state_updates")):
-        _draw_curves(axes, rows, metric, epochs)
+        _draw_curves(axes, rows, metric, lambda row: row.curves.epochs)
         axes.set_yscale("log" if metric == "mse" else "linear")
         same = [row.curves[f"validation/{metric}"] for row in _with_curves(alike) if row.score == score]
         axes.set_ylim(*limits([value[np.isfinite(value)] for value in same], axes.get_yscale()))
@@ -292,20 +289,18 @@ def limits(values: Sequence[np.ndarray], scale: str) -> tuple[float, float]:
 def learning(rows: Sequence[Row]) -> Figure:
     """Validation score against training steps and against seconds of training: mean, and the range over the seeds.
 
-    Without seconds, if some are those of several runs at once.
+    Without seconds, unless each run has its own.
 
     Raises:
         ConfigError: no run has its metrics.csv, or of one epoch only.
     """
     found = panels(_with_curves(rows))
     rows = [row for members in found.values() for row in members]
-    used = clock([row.curves for row in rows])
-    of_clock = "of CPU time" if used == "cpu_seconds" else "passed"
     scales: dict[str, Callable[[Row], np.ndarray]] = {
-        "training step": lambda row: epochs(row) * steps_per_epoch(row.records[0])
+        "training step": lambda row: row.curves.epochs * steps_per_epoch(row.records[0])
     }
-    if all(has_own_time(record) for row in rows for record in row.records):
-        scales[f"seconds {of_clock}, training and validation"] = lambda row: row.curves.seconds(used)
+    if used := clock([row.curves for row in rows]):
+        scales[SECONDS[used]] = lambda row: row.curves.seconds(used)
     figure = Figure((WIDE if len(scales) > 1 else WIDTH, 0.6 + 1.8 * len(found) + 0.06 * len(rows)))
     shared = len({row.score for row in rows}) == 1
     grid = figure.subplots(len(found), len(scales), sharey=shared, sharex="col", squeeze=False)
@@ -349,9 +344,8 @@ def pictures(rows: Sequence[Row], every: bool = True) -> Iterator[tuple[str, Cal
 def of_best(row: Row, draw: Callable[[SequenceModule], Figure | str]) -> Figure | str:
     """A picture of the row's best run, from its checkpoint, which must be its own."""
     run, file = row.run, row.best()
-    for own in row.runs:
-        if own.best == file:
-            own.checkpoint(file)
+    if file == row.best_run.best:
+        row.best_run.checkpoint(file)
     return draw(load(file, data_root=run.data_root, device=run.device, threads=run.threads))
 
 

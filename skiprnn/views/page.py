@@ -2,9 +2,8 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,9 +19,10 @@ from skiprnn.model.policies import POLICIES
 from skiprnn.papers import claims, statistics, table
 from skiprnn.papers.experiments import METRICS, Experiment, Row
 from skiprnn.papers.plan import PlannedRun, SavedPlan, apart, digest, saved_plans
-from skiprnn.papers.records import steps_per_epoch
+from skiprnn.papers.records import SECONDS, has_own_time, read_curves, steps_per_epoch
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import RunFolder, locked_files, read_metrics
+from skiprnn.training.folder import RunFolder, locked_files
+from skiprnn.training.measures import SCORES
 from skiprnn.views import style
 from skiprnn.views.curves import Curves, clock, spread
 
@@ -54,8 +54,13 @@ def sweeps(output: Path, tell: Tell) -> list[tuple[Experiment, str, list[Planned
 
 
 def judged(results: Path) -> list[dict[str, Any]]:
-    """The papers' claims, by a folder of published records."""
-    return [asdict(one) | {"best": one.best, "last": one.last} for one in claims.read(results)]
+    """The papers' claims and their tests, by a folder of published records."""
+    return [tabular(one) for one in claims.tables(claims.read(results))]
+
+
+def tabular(table: pd.DataFrame) -> dict[str, Any]:
+    """As the page has it."""
+    return {"columns": list(table.columns), "cells": table.to_numpy().tolist()}
 
 
 def content(output: Path, tell: Tell, claims: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -85,17 +90,19 @@ def sweep(
 ) -> dict[str, Any]:
     """A sweep over one data set."""
     numbers = statistics.rows(experiment, planned)
-    score = "mse" if "mse" in experiment.columns else "accuracy"
+    score = experiment.score
     updates = next(metric for metric in experiment.columns if metric.startswith("state_updates"))
     shown = {f"validation/{score}": METRICS[score].heading, "validation/state_updates": "State updates"}
     shown |= {"validation/loss": "Loss", "train/loss": "Training loss"}
     groups = [list(group) for _, group in groupby(planned, lambda one: one.row.label)]
     record = next((one.folder.record() for one in planned if one.folder.complete), {})
     colours = style.shades([group[0].run.model for group in groups])
+    curves = [curves_of(group, tell) for group in groups]
+    used = clock([one for one in curves if one.columns])
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     pictures: dict[str, str] = {}
-    for index, (group, colour) in enumerate(zip(groups, colours, strict=True)):
+    for index, (group, colour, of_group) in enumerate(zip(groups, colours, curves, strict=True)):
         model, line = group[0].run.model, numbers.iloc[index]
         of_row = [progress(one, index, locked, tell) for one in group]
         runs += of_row
@@ -114,11 +121,10 @@ def sweep(
                 "score": mean_and_deviation(line, score),
                 "updates": mean_and_deviation(line, updates),
                 "paper": [mean_and_deviation(line, f"published_{name}") for name in (score, updates)],
-                "curves": of_row_curves([one.folder for one in group], tuple(shown), record, len(groups), tell),
+                "curves": of_row_curves(group[0].run, of_group, tuple(shown), used, record, len(groups)),
             }
         )
     counts = {state: sum(one["state"] == state for one in runs) for state in reversed(STATES.values())}
-    texts = table.layout(experiment, numbers), table.verdicts(experiment, numbers)
     return {
         "name": digest(planned),
         "title": experiment.title,
@@ -127,7 +133,8 @@ def sweep(
         "score": METRICS[score].heading,
         "updates": METRICS[updates].heading,
         "metrics": shown,
-        "tables": [{"columns": list(one.columns), "cells": one.to_numpy().tolist()} for one in texts],
+        "seconds": SECONDS[used] if used else "seconds, which not every run has of its own",
+        "tables": [tabular(read(experiment, numbers)) for read in (table.layout, table.verdicts)],
         "rows": rows,
         "runs": runs,
         "pictures": pictures,
@@ -145,8 +152,8 @@ def progress(one: PlannedRun, row: int, locked: set[int], tell: Tell) -> dict[st
     epochs, moved = planned, ""
     results: list[float | None] = [None, None]
     if state == "complete":
-        test = folder.record()["best"]["test"]
-        results = [short(test["mse"] if "mse" in test else test["accuracy"]), short(test["state_updates"])]
+        record = folder.record()
+        results = [short(record["best"]["test"][name]) for name in (SCORES[record["task"]], "state_updates")]
     else:
         epochs = folder.epochs_done()
         with suppress(FileNotFoundError):
@@ -171,64 +178,67 @@ def listed(values: np.ndarray) -> list[float | None]:
     return [short(value) if np.isfinite(value) else None for value in values.tolist()]
 
 
-def metrics_of(folders: Sequence[RunFolder], tell: Tell) -> Iterator[dict[str, list[float]]]:
-    """What the runs that have it have in metrics.csv."""
-    for folder in folders:
+def curves_of(group: Sequence[PlannedRun], tell: Tell) -> Curves:
+    """Of the runs that have metrics.csv."""
+    found = []
+    for folder in (one.folder for one in group):
         if folder.metrics_file.exists():
             try:
-                yield read_metrics(folder.metrics_file)
+                found.append(read_curves(folder.metrics_file, folder.record() if folder.complete else None))
             except ConfigError as error:
                 tell(str(error))
+    return Curves.of(found)
+
+
+def thinned(epochs: np.ndarray, most: int) -> np.ndarray:
+    """Indices of so many at most, the last one's among them."""
+    every = -(-len(epochs) // most) or 1
+    return np.arange(len(epochs))[::-every][::-1]
 
 
 def of_row_curves(
-    folders: Sequence[RunFolder], shown: Sequence[str], record: Mapping[str, Any], rows: int, tell: Tell
+    run: RunConfig, curves: Curves, shown: Sequence[str], used: str | None, record: Mapping[str, Any], rows: int
 ) -> dict[str, Any]:
-    """Of a row's runs: epochs, steps (none where they are not known), seconds; mean, least and largest of metrics.
+    """Of a row's runs: epochs, steps and seconds (None where they are not known); mean, least and largest of metrics.
 
     Args:
+        run: one of them.
+        used: the clock.
         record: of a run of the same data.
         rows: of the table; the more, the thinner are curves.
     """
-    curves = Curves.of(list(metrics_of(folders, tell)))
-    epochs = curves[shown[0]].shape[1]
-    every = -(-epochs // max(POINTS * 200 // max(rows, 200), 12)) or 1
-    kept = np.arange(epochs)[::-every][::-1]  # the last one is
-    steps = None
+    kept = thinned(curves.epochs, max(POINTS * 200 // max(rows, 200), 12))
+    epochs, steps = curves.epochs[kept], None
     with suppress(KeyError):  # a made-up record
-        config = {"config": folders[0].run.identity, "examples": record["examples"]}
-        steps = [int(steps_per_epoch(config) * (epoch + 1)) for epoch in kept]
+        steps = steps_per_epoch({"config": run.identity, "examples": record["examples"]}) * epochs
     return {
-        "epoch": [int(epoch + 1) for epoch in kept],
-        "steps": steps,
-        "seconds": listed(curves.seconds(clock([curves]))[kept]),
+        "epoch": epochs.tolist(),
+        "steps": None if steps is None else steps.tolist(),
+        "seconds": listed(curves.seconds(used)[kept]) if used else None,
     } | {name: [listed(line[kept]) for line in spread(curves[name])] for name in shown if curves[name].size}
 
 
 def detail(one: PlannedRun, tell: Tell) -> dict[str, Any]:
     """All of one run: settings, record, metrics by epoch."""
-    (columns,) = list(metrics_of([one.folder], tell)) or [{"epoch": []}]
-    every = -(-len(columns["epoch"]) // (4 * POINTS)) or 1
-    curves = {name: listed(np.array(values)[::-every][::-1]) for name, values in columns.items()}
+    curves = curves_of([one], tell)
+    kept = thinned(curves.epochs, 4 * POINTS)
     record = one.folder.record() if one.folder.complete else {}
     results = {key: value for key, value in record.items() if key not in ("name", "config")}
+    if record and not has_own_time(record):
+        times = {"seconds", "examples_per_second"} & results.keys()
+        results |= {key: f"{results[key]:.6g} (of several runs at once)" for key in times}
     return {
         "config": flat(one.run.identity),
         "record": flat(results),
-        "curves": curves,
+        "curves": {"epoch": curves.epochs[kept].tolist()}
+        | {name: listed(values[0, kept]) for name, values in curves.columns.items()},
         "picture": (one.folder.path / "usage.png").exists(),
     }
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any]) -> dict[Any, Any]:
     """{"model": {"cell": "lstm"}} as {"model.cell": "lstm"}."""
-    if not isinstance(settings, dict) or not settings:
-        return {prefix: settings}
-    return {
-        key: value
-        for name, part in settings.items()
-        for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
-    }
+    return pd.json_normalize(settings).to_dict("records")[0]
 
 
 def runs_of(output: Path) -> dict[str, PlannedRun]:
