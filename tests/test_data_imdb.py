@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_small_imdb
 from gensim.models import KeyedVectors
 
 from skiprnn.data import imdb
@@ -32,12 +33,7 @@ def text(part: str, label: str, number: int) -> str:
 def root(tmp_path, monkeypatch):
     """A data folder with an unpacked aclImdb."""
     monkeypatch.delenv(MIRROR, raising=False)
-    for part in ("train", "test"):
-        for label in ("neg", "pos"):
-            folder = tmp_path / "imdb" / "aclImdb" / part / label
-            folder.mkdir(parents=True)
-            for number in range(PER_CLASS):
-                (folder / f"{number}_5.txt").write_text(text(part, label, number), "utf-8")
+    make_small_imdb(tmp_path, text, PER_CLASS)
     unlabelled = tmp_path / "imdb" / "aclImdb" / "train" / "unsup"
     unlabelled.mkdir()
     (unlabelled / "0_0.txt").write_text("never seen")
