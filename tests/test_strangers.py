@@ -361,6 +361,7 @@ def test_token_files_are_checked(tmp_path, spoiled):
     data = IMDb(length=2, vocabulary_size=9, reviews_per_class=1, root=str(tmp_path))
     data.tokens_file.parent.mkdir()
     sound = {"tokens": np.array([1, 2, 8], np.int32), "ends": np.array([1, 1, 2, 3]), "labels": np.array([0, 1, 0, 1])}
+    sound["words"] = np.frombuffer(b"[PAD]\n[UNK]", np.uint8)
     np.savez(data.tokens_file, **sound)
     assert len(data.read()["test"].targets) == 2
     np.savez(data.tokens_file, **sound | spoiled)
