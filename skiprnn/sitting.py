@@ -32,7 +32,7 @@ import torch
 from skiprnn.model.engines import contact
 from skiprnn.papers import plan
 from skiprnn.training import job
-from skiprnn.training.config import ConfigError, RunConfig
+from skiprnn.training.config import ConfigError, RunConfig, arguments_of
 from skiprnn.training.estimate import seconds_per_epoch, seconds_per_step
 from skiprnn.training.folder import RunFolder, duration, write_atomically
 from skiprnn.training.module import architecture
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--engine", help="for all runs, in place of the fastest for each")
     parser.add_argument("--of", nargs="*", default=[], help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = arguments_of(parser, arguments)
     job.quieten()
     os.environ.setdefault("SKIPRNN_CACHE", str(given.folder.absolute() / "cache"))
     try:

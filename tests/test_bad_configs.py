@@ -11,7 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hydra_plugins.skiprnn_launchers import ProcessesLauncher
-from skiprnn import bench, claims, dashboard, tables, train
+from skiprnn import bench, claims, dashboard, sitting, tables, train
 from skiprnn.data.ucf101 import __main__ as ucf101
 from skiprnn.papers import sweep
 
@@ -405,9 +405,15 @@ def test_what_hydra_refuses_is_one_line_too(arguments, message, refused, monkeyp
     refused(train.main, message)
 
 
-@pytest.mark.parametrize("module", [claims, dashboard, bench, ucf101])
-def test_the_other_commands_refuse_arguments_in_one_line(module, refused, capsys):
-    refused(lambda: module.main(["convert", "--colour"] if module is ucf101 else ["--colour"]), r"; see --help$")
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        *((claims, []), (dashboard, []), (bench, []), (sitting, ["train", "folder"])),
+        *((ucf101, ["extract"]), (ucf101, ["convert"])),
+    ],
+)
+def test_the_other_commands_refuse_arguments_in_one_line(module, arguments, refused, capsys):
+    refused(lambda: module.main([*arguments, "--colour"]), r"; see --help$")
     assert capsys.readouterr().err == ""
 
 
