@@ -32,7 +32,8 @@ import torch
 from skiprnn.model.engines import contact
 from skiprnn.papers import plan
 from skiprnn.training import job
-from skiprnn.training.config import ConfigError, RunConfig, arguments_of
+from skiprnn.training.command_line import arguments_of
+from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.estimate import seconds_per_epoch, seconds_per_step
 from skiprnn.training.folder import RunFolder, duration, write_atomically
 from skiprnn.training.module import architecture

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from skiprnn.papers.plan import PlannedRun, saved_plans
 from skiprnn.training import cluster
-from skiprnn.training.config import ConfigError, arguments_of
+from skiprnn.training.command_line import arguments_of
+from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import locked_files
 
 STATES = ("complete", "running", "queued", "stopped", "failed", "waiting")

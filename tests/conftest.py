@@ -17,7 +17,7 @@ if not torch.cuda.is_available():  # before Triton is imported: then the GPU eng
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from skiprnn.data.ucf101.store import appending
-from skiprnn.training import config, job
+from skiprnn.training import command_line, config, job
 from skiprnn.training.config import RunConfig
 
 CONF = str(config.packaged("conf"))
@@ -43,7 +43,7 @@ def small_run(tmp_path):
     """A function: overrides -> a run of seconds in a folder of its own."""
 
     def make(*overrides: str) -> RunConfig:
-        return config.read(compose([*SMALL, f"output={tmp_path}", *overrides]))
+        return command_line.read(compose([*SMALL, f"output={tmp_path}", *overrides]))
 
     return make
 

@@ -15,7 +15,7 @@ from skiprnn import bench
 from skiprnn import figures as command
 from skiprnn.data.base import MIRROR
 from skiprnn.papers import plan
-from skiprnn.training import config
+from skiprnn.training import command_line
 from skiprnn.training.config import ConfigError
 from skiprnn.training.job import make_module
 from skiprnn.training.module import SequenceModule
@@ -265,7 +265,7 @@ def test_time_against_rate_is_drawn_beside_torchs(tmp_path):
 
 def lively(*overrides: str) -> SequenceModule:
     """An untrained network that uses some samples and skips others."""
-    run = config.read(compose([*SMALL, *overrides]))
+    run = command_line.read(compose([*SMALL, *overrides]))
     module = make_module(run).eval()
     torch.manual_seed(0)
     with torch.no_grad():

@@ -18,7 +18,7 @@ import torch
 from conftest import SMALL, command, compose, trained
 
 from skiprnn import train
-from skiprnn.training import config, job, provenance
+from skiprnn.training import command_line, job, provenance
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
 from skiprnn.training.keeper import MetricsFile, RunKeeper
@@ -452,7 +452,7 @@ def damaged(file: Path, how: str, others: runs.RunFolder | None = None) -> bytes
 def trained_once(tmp_path_factory):
     """The output folder of two complete runs."""
     output = tmp_path_factory.mktemp("complete")
-    run = config.read(compose([*SMALL, *FEW, f"output={output}"]))
+    run = command_line.read(compose([*SMALL, *FEW, f"output={output}"]))
     job.train([replace(run, seed=seed) for seed in (0, 1)])
     return output
 

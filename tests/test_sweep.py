@@ -27,7 +27,7 @@ from test_runs import assert_same_outcome
 from skiprnn import sweep, tables, train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers import sweep as one_sweep
-from skiprnn.training import cluster, config, job, workers
+from skiprnn.training import cluster, command_line, config, job, workers
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
 
@@ -148,7 +148,7 @@ def test_hydras_own_sweeper_works(tmp_path):
 @pytest.mark.parametrize("target", ["0", "1.5", "half"])
 def test_a_target_that_is_no_share(target):
     with pytest.raises(ConfigError, match="target_updates"):
-        config.read_sweep(compose([f"target_updates={target}"]))
+        command_line.read_sweep(compose([f"target_updates={target}"]))
 
 
 def test_processes_share_one_display(tmp_path, monkeypatch):
@@ -511,7 +511,7 @@ def test_plan_reads_overrides_as_hydra_does(overrides):
         except (ConfigError, HydraException) as error:
             return type(error), str(error)
 
-    assert outcome(plan._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+    assert outcome(plan._Reader(compose)) == outcome(lambda given: command_line.read(compose(given)))
 
 
 def test_plan_composes_once_per_choice_of_groups(tmp_path):

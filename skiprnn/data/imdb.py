@@ -89,8 +89,10 @@ class IMDb(StoredData):
             ("min_count", min_count, 1, 2**31),
             ("reviews_per_class", reviews_per_class, 1, 2**24),
         ]:
-            if not least <= value <= most:
-                raise ValueError(f"{name} must be at least {least}, and at most {most}; got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}; got {value}")
         if padding not in ("left", "right"):
             raise ValueError(f'padding must be "left" or "right"; got {padding!r}')
         if mask_padding and padding == "left":
