@@ -27,7 +27,8 @@ from test_runs import assert_same_outcome
 from skiprnn import sweep, tables, train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers import sweep as one_sweep
-from skiprnn.training import cluster, command_line, config, job, workers
+from skiprnn.training import command_line, config, job, workers
+from skiprnn.training.cluster import place, submissions
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
 
@@ -539,7 +540,7 @@ def test_plan_is_kept_for_who_watches(tmp_path):
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
 
 
-def slurm(*overrides: str, max_jobs: int | None = None) -> cluster.Cluster:
+def slurm(*overrides: str, max_jobs: int | None = None) -> place.Cluster:
     """What hydra/launcher=slurm makes of settings."""
     with_hydra = compose(["hydra/launcher=slurm", "output=runs", *overrides], return_hydra_config=True)
     return hydra.utils.instantiate(with_hydra.hydra.launcher).place(Path("runs"), max_jobs)
@@ -556,8 +557,9 @@ def no_slurm(tmp_path, monkeypatch):
 
 
 def test_slurm_jobs_have_a_gpu_each_and_are_requeued(no_slurm):
-    place = slurm("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long")
-    executor = place.executor(no_slurm, "python")
+    executor = slurm("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long").executor(
+        no_slurm, "python"
+    )
     script = executor._executor._make_submission_file_text("command", "id")
     flags = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {"gpus-per-node=1", "requeue", "signal=USR2@120", "time=30", "partition=long", "open-mode=append"} <= flags
@@ -580,12 +582,12 @@ def test_settings_that_cannot_work(settings, message, no_slurm):
 
 
 def test_how_a_job_ended_is_known_after_the_queue_has_forgotten_it(no_slurm):
-    one = cluster.Waiting(cluster.Submitted("7_0", "slurm", no_slurm, [[]]), {}, 0)
+    one = place.Waiting(submissions.Submitted("7_0", "slurm", no_slurm, [[]]), {}, 0)
     assert [one.is_over(state) for state in ("RUNNING", "CANCELLED", "GONE")] == [False, False, True]
     assert one.state == "CANCELLED"
-    assert cluster.last_state(one.job) == "CANCELLED", "it never began"
+    assert submissions.last_state(one.job) == "CANCELLED", "it never began"
     (no_slurm / "7_0_0_log.out").touch()
-    assert cluster.last_state(one.job) == "GONE"
+    assert submissions.last_state(one.job) == "GONE"
 
 
 def test_slurm_launcher_without_slurm(tmp_path, monkeypatch):

@@ -15,11 +15,12 @@ from skiprnn.model.cells import CELLS
 from skiprnn.model.engines import ENGINES
 from skiprnn.model.policies import POLICIES
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
 
 def packaged(name: str) -> Path:
     """The folder conf or experiments: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return next(folder for folder in (package / name, package.parent / name) if folder.is_dir())
+    return next(folder for folder in (PACKAGE / name, PACKAGE.parent / name) if folder.is_dir())
 
 
 class ConfigError(ValueError):
