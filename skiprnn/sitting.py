@@ -31,13 +31,13 @@ import torch
 
 from skiprnn.model.engines import contact
 from skiprnn.papers import plan
-from skiprnn.training import job
+from skiprnn.training import job, setup
 from skiprnn.training.command_line import arguments_of
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.estimate import seconds_per_epoch, seconds_per_step
-from skiprnn.training.folder import RunFolder, duration, write_atomically
+from skiprnn.training.folder import RunFolder, write_atomically
 from skiprnn.training.module import architecture
-from skiprnn.training.timing import alternate
+from skiprnn.training.timing import alternate, duration
 
 RESERVE = 30.0  # seconds for the last checkpoints and the archives
 STEPS = 4  # that are timed
@@ -64,7 +64,7 @@ def candidates(device: torch.device) -> list[str]:
 
 def measure_torch(run: RunConfig) -> float:
     """Seconds of a training step of torch's own network of the same cell and size, cuDNN's on a GPU."""
-    module = job.make_module(run)
+    module = setup.make_module(run)
     inputs = module.network.embed(next(iter(module.data.training_batches(0)))[0]).detach()
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[run.model.cell]
     network = kind(inputs.shape[2], run.model.hidden_size, run.model.num_layers, batch_first=True).to(module.device)
@@ -92,7 +92,7 @@ class Sitting:
         self.known: dict[str, Any] = json.loads(self.file.read_bytes()) if self.file.exists() else {}
         named = engine or self.known.get("engine", "auto")
         self.runs = [replace(run, engine=named) for run in planned(folder, data_root, device)]
-        self.device = job.device_of(self.runs[0])
+        self.device = setup.device_of(self.runs[0])
         if engine:
             self.keep(engine=engine)
 
@@ -246,7 +246,7 @@ def timed(sitting: Sitting, engines: Sequence[str]) -> None:
             if not wrong:
                 print(json.dumps({"engine": engine}), flush=True)
                 try:
-                    modules = [job.make_module(replace(run, engine=engine)) for run in runs]
+                    modules = [setup.make_module(replace(run, engine=engine)) for run in runs]
                     taken[engine] = seconds_per_step(modules, "train", STEPS)
                     print(json.dumps({"engine": engine, "row": row, "seconds": taken[engine]}), flush=True)
                 except (RuntimeError, ConfigError) as error:  # out of memory, a shape that the engine does not serve

@@ -15,8 +15,8 @@ from skiprnn.papers import experiments
 from skiprnn.training import command_line, config
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_record
-from skiprnn.training.job import make_data, make_module
 from skiprnn.training.module import SideBySide
+from skiprnn.training.setup import make_data, make_module
 
 
 def names(group: str) -> list[str]:

@@ -17,8 +17,8 @@ from skiprnn.data.base import MIRROR
 from skiprnn.papers import plan
 from skiprnn.training import command_line
 from skiprnn.training.config import ConfigError
-from skiprnn.training.job import make_module
 from skiprnn.training.module import SequenceModule
+from skiprnn.training.setup import make_module
 from skiprnn.views import figures, style
 from skiprnn.views import samples as usage
 

@@ -15,7 +15,7 @@ from test_runs import assert_same_outcome
 
 from skiprnn import sitting
 from skiprnn.model.engines import contact
-from skiprnn.training import estimate, job
+from skiprnn.training import estimate, job, setup
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.module import SideBySide, architecture
@@ -146,7 +146,7 @@ def test_an_engine_that_brings_the_timing_down_is_left_out(planned, monkeypatch,
 
 def test_an_engine_twice_as_slow_is_timed_for_the_first_model_alone(planned, monkeypatch, engines, capsys):
     times = {"triton": 0.1, "batched": 0.19, "cuda": 0.21}
-    monkeypatch.setattr(job, "make_module", lambda run: run)
+    monkeypatch.setattr(setup, "make_module", lambda run: run)
     monkeypatch.setattr(sitting, "seconds_per_step", lambda runs, stage, steps: times[runs[0].engine])
     monkeypatch.setattr(sitting, "measure_torch", lambda run: 0.3)
     engines(dict.fromkeys(times, 0.0))

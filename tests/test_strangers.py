@@ -25,7 +25,7 @@ from skiprnn.papers import records, release
 from skiprnn.training import command_line
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_record
-from skiprnn.training.job import load, make_data
+from skiprnn.training.setup import load, make_data
 from skiprnn.views import page
 
 

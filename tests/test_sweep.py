@@ -27,7 +27,7 @@ from test_runs import assert_same_outcome
 from skiprnn import sweep, tables, train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers import sweep as one_sweep
-from skiprnn.training import command_line, config, job, workers
+from skiprnn.training import command_line, config, job, setup, workers
 from skiprnn.training.cluster import place, submissions
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
@@ -608,7 +608,7 @@ def test_processes_take_turns_over_the_gpus(monkeypatch):
     devices = []
     for name in ("MainProcess", "LokyProcess-1", "LokyProcess-2", "LokyProcess-3"):
         monkeypatch.setattr(multiprocessing.current_process(), "name", name)
-        devices.append(str(job.device_of(planned.run)))
+        devices.append(str(setup.device_of(planned.run)))
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 

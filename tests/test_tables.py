@@ -22,7 +22,7 @@ from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import command_line
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import DivergedError
-from skiprnn.training.job import make_data
+from skiprnn.training.setup import make_data
 
 
 def moved(planned: Sequence[PlannedRun], output: Path) -> list[PlannedRun]:

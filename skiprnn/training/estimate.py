@@ -6,8 +6,8 @@ from itertools import cycle, islice
 
 from skiprnn.data.base import Batches
 from skiprnn.training.config import RunConfig
-from skiprnn.training.job import make_module
 from skiprnn.training.module import SequenceModule, SideBySide
+from skiprnn.training.setup import make_module
 
 WARM_UP = {"cuda": 2}  # steps that do not count: there the second one records a graph; elsewhere one
 

@@ -58,15 +58,11 @@ def describe(device: torch.device, engine: str, pack: int = 1) -> dict[str, Any]
 
     On a GPU also what its engines were checked on, and the precision of their products.
     """
-    on_gpu = device.type == "cuda"
-    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return (
-        ({"checked": contact.place("cuda"), "products": precision} if on_gpu else {})
-        | {
-            "git": code_version(),
-            "versions": {"python": platform.python_version(), "skiprnn": __version__}
-            | {name: version(name) for name in RECORDED_PACKAGES},
-            "threads": torch.get_num_threads(),
-        }
-        | place(device, engine, pack)
-    )
+    checks: dict[str, Any] = {}
+    if device.type == "cuda":
+        precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+        checks = {"checked": contact.place("cuda"), "products": precision}
+    packages = {name: version(name) for name in RECORDED_PACKAGES}
+    versions = {"python": platform.python_version(), "skiprnn": __version__} | packages
+    here = {"git": code_version(), "versions": versions, "threads": torch.get_num_threads()}
+    return checks | here | place(device, engine, pack)
