@@ -293,18 +293,3 @@ def test_a_word2vec_file_that_does_not_fit_is_named(root, tmp_path, content, com
         path.write_text(content)
     with pytest.raises(DataError, match=f"(?s)(vectors.txt.*{complaint}|{complaint}.*vectors.txt)"):
         loaded(root, vectors=str(path)).embeddings(3)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"length": 0},
-        {"vocabulary_size": 2},
-        {"min_count": 0},
-        {"padding": "top"},
-        {"padding": "left", "mask_padding": True},
-    ],
-)
-def test_imdb_refuses(arguments):
-    with pytest.raises(ValueError, match=r"must|needs"):
-        IMDb(**arguments)

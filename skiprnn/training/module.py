@@ -328,29 +328,22 @@ class SideBySide(lightning.LightningModule):
         return [run.adam for run in self.runs]
 
     def train_dataloader(self) -> Iterable:
-        return _SideBySide(self.runs, lambda run: run.data.training_batches(self.current_epoch), trained=True)
+        return self._together(lambda run: run.data.training_batches(self.current_epoch), trained=True)
 
     def val_dataloader(self) -> Iterable:
-        return _SideBySide(self.runs, lambda run: run.data.evaluation_batches("validation"))
+        return self._together(lambda run: run.data.evaluation_batches("validation"))
 
+    def _together(self, of: Callable[[SequenceModule], Batches], trained: bool = False) -> Batches:
+        """A batch of each run at a time, as a list; asked for anew in each epoch, when the first one is wanted.
 
-class _SideBySide:
-    """A batch of each run at a time; asked for anew in each epoch, when the first one is wanted.
+        Args:
+            trained: those that the epoch has trained before, as its runs count them, are there without content, for
+                Lightning counts them.
+        """
 
-    Args:
-        trained: those that the epoch has trained before, as its runs count them, are there without content, for
-            Lightning counts them.
-    """
+        def together() -> Iterator[Any]:
+            done = self.runs[0].batches if trained else 0
+            for index, batches in enumerate(zip(*map(of, self.runs), strict=True)):
+                yield list(batches) if index >= done else []
 
-    def __init__(
-        self, runs: Sequence[SequenceModule], batches: Callable[[SequenceModule], Batches], trained: bool = False
-    ):
-        self.runs, self.batches, self.trained = runs, batches, trained
-
-    def __len__(self) -> int:
-        return len(self.batches(self.runs[0]))
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        done = self.runs[0].batches if self.trained else 0
-        for index, batches in enumerate(zip(*map(self.batches, self.runs), strict=True)):
-            yield list(batches) if index >= done else []
+        return Batches(len(of(self.runs[0])), together)

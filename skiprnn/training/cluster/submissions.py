@@ -79,9 +79,7 @@ def states(jobs: Collection[Submitted]) -> dict[str, tuple[str, str]]:
     """
     known = {job.id: ("RUNNING", "None") for job in jobs if job.cluster == "local" and is_running(job)}
     if any(job.cluster == "slurm" for job in jobs):
-        told = output_of(
-            "squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r"
-        )
+        told = output_of(f"squeue --noheader --array --states=all --user={os.getuid()} --format=%i|%T|%r")
         known |= {id: (state, reason) for id, state, reason in (line.split("|", 2) for line in told.splitlines())}
     return {job.id: known.get(job.id, ("GONE", "None")) for job in jobs}
 
@@ -94,24 +92,23 @@ def last_state(job: Submitted) -> str:
     if job.cluster == "slurm" and not job.began:
         return "CANCELLED"
     with contextlib.suppress(ConfigError, IndexError):
-        return output_of(
-            "sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job.id}"
-        ).split()[0]
+        return output_of(f"sacct --noheader --allocations --parsable2 --format=State --jobs={job.id}").split()[0]
     return "GONE"
 
 
-def output_of(*command: str) -> str:
+def output_of(command: str) -> str:
     """What one of SLURM's commands prints.
 
     Raises:
         ConfigError: it failed, or is not there.
     """
+    program, *arguments = command.split()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{command[0]}: {error}") from None
+        raise ConfigError(f"{program}: {error}") from None
     if done.returncode:
-        raise ConfigError(last_line(done.stderr) or f"{command[0]}: exit status {done.returncode}")
+        raise ConfigError(last_line(done.stderr) or f"{program}: exit status {done.returncode}")
     return done.stdout
 
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,21 @@ class Job:
             if signal.SIGUSR2 not in told:
                 sys.exit("error: told to end; what was done is kept")
             self.in_vain = 0 if progress(self.packs) != before else self.in_vain + 1
-            if self.in_vain == ATTEMPTS:
-                reason = (
-                    f"{ATTEMPTS} times its time was up before it came any further: raise hydra.launcher.timeout_min"
-                )
-                self._note({run.name: reason for run in pack})
-                self.in_vain = 0
-            elif self.in_vain:
-                self._pass_on(f"the time of job {JobEnvironment().job_id} was up before it came further")
+            if self.in_vain:
+                self._give_up_or_tell(pack, JobEnvironment().job_id)
             if self.left():
                 requeue(signal.SIGUSR2, None)
         if self.failures:
             sys.exit(f"error: {len(self.failures)} of {sum(map(len, self.packs))} runs failed")
+
+    def _give_up_or_tell(self, pack: Sequence[RunConfig], id: str) -> None:
+        """Its time was up while it trained a pack, and it came no further."""
+        if self.in_vain < ATTEMPTS:
+            self._pass_on(f"the time of job {id} was up before it came further")
+            return
+        reason = f"{ATTEMPTS} times its time was up before it came any further: raise hydra.launcher.timeout_min"
+        self._note({run.name: reason for run in pack})
+        self.in_vain = 0
 
     def left(self) -> Packs:
         """What is neither complete nor failed."""
