@@ -183,6 +183,9 @@ RUNS = [
     ("rows=abc", "rows: .*no list"),
     ("rows=[0]", r"rows=\[0\]: must be different numbers from 1 on"),
     ("rows=[1,1]", r"rows=\[1, 1\]: must be different numbers"),
+    ("target_updates=0", "target_updates=0.0: must be a share of the steps"),
+    ("target_updates=1.5", "target_updates=1.5: must be a share of the steps, above 0 and at most 1"),
+    ("target_updates=half", "target_updates: Value 'half'"),
     ("rows=[]", r"rows=\[\]: must be different numbers"),
     ("rows=[true]", r"rows\[0\]: Value 'True'"),
     # data

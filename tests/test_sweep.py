@@ -146,12 +146,6 @@ def test_hydras_own_sweeper_works(tmp_path):
     assert len(list(tmp_path.rglob("record.json"))) == 2
 
 
-@pytest.mark.parametrize("target", ["0", "1.5", "half"])
-def test_a_target_that_is_no_share(target):
-    with pytest.raises(ConfigError, match="target_updates"):
-        command_line.read_sweep(compose([f"target_updates={target}"]))
-
-
 def test_processes_share_one_display(tmp_path, monkeypatch):
     """A line for each run that a process has, with how far it is; none for those that wait or are over."""
     runs = [one.run for seed in range(4) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
@@ -193,18 +187,6 @@ def test_processes_are_suggested_where_they_are_faster(alone, told, tmp_path, mo
     said = capsys.readouterr().out
     assert ("hydra/launcher=processes threads=1, 2 at once, about 60 s: 2.0 times as fast" in said) == told
     assert torch.get_num_threads() == 1
-
-
-def test_experiment_needs_multirun(tmp_path):
-    done = command("experiment=digits", f"output={tmp_path}")
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: experiment=digits is many runs: add -m"
-
-
-def test_run_asked_for_twice(tmp_path):
-    done = command("-m", "seed=0,0", f"output={tmp_path}")
-    assert done.returncode == 1
-    assert "asks for the same run twice" in done.stderr
 
 
 ALL = [experiment for experiment in experiments.published() if experiment.name in ("adding", "frequency", "ucf101")]
