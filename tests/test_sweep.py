@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from io import StringIO
+from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from subprocess import CompletedProcess
@@ -27,10 +28,11 @@ from test_runs import assert_same_outcome
 from skiprnn import sweep, tables, train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers import sweep as one_sweep
-from skiprnn.training import command_line, config, job, setup, workers
+from skiprnn.training import command_line, config, estimate, job, setup, workers
 from skiprnn.training.cluster import place, submissions
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
+from skiprnn.training.module import SideBySide
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
 
@@ -174,6 +176,17 @@ def test_processes_share_one_display(tmp_path, monkeypatch):
     assert job.has_bar()
     monkeypatch.setattr(multiprocessing.current_process(), "name", "LokyProcess-1")
     assert not job.has_bar(), "the process that started this one draws it"
+
+
+@pytest.mark.parametrize(("batch_size", "seconds"), [(256, 5 * 10 + 2 * 1), (2048, 10 + 1)])
+def test_an_epoch_is_estimated_from_a_few_steps(batch_size, seconds, small_run, monkeypatch):
+    """Also where it has no more than one; a first step takes longer, and does not count."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock["now"])
+    for hook, took in (("training_step", 10.0), ("validation_step", 1.0)):
+        taken = chain([99.0], repeat(took))
+        monkeypatch.setattr(SideBySide, hook, lambda *_, taken=taken: clock.update(now=clock["now"] + next(taken)))
+    assert estimate.seconds_per_epoch(small_run(f"training.batch_size={batch_size}")) == seconds
 
 
 @pytest.mark.parametrize(("alone", "told"), [(1.0, True), (2.0, False)])
