@@ -44,19 +44,6 @@ STEPS = 4  # that are timed
 HOPELESS = 2.0  # an engine that takes so many times the fastest's seconds for the first model is timed for no other
 
 
-def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
-    """The runs of the latest plan in a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    plans = plan.saved_plans(folder, lambda damage: print(damage, file=sys.stderr))
-    if not plans:
-        raise ConfigError(f"{folder}: no plan there; make one: python -m skiprnn.sitting plan {folder} experiment=...")
-    place: dict[str, Any] = {"data_root": data_root, "device": device, "logger": {"csv": job.OWN_LOGGER}}
-    return [replace(one.run, **place) for one in plans[0].planned]
-
-
 def candidates(device: torch.device) -> list[str]:
     """Engines that a step of all runs may take; those first that are likely to be fast."""
     return ["cuda", "triton", "batched"] if device.type == "cuda" else ["batched"]
@@ -84,14 +71,22 @@ class Sitting:
         folder: of run folders and plan.
         data_root, device: as in a run's config.
         engine: for all runs, in this sitting and later ones; "auto": the fastest again.
+
+    Raises:
+        ConfigError: nothing is planned there.
     """
 
     def __init__(self, folder: Path, data_root: str = "data", device: str = "auto", engine: str | None = None):
         self.folder, self.file = folder, folder / "sitting.json"
         self.place = ["--data-root", data_root, "--device", device]
         self.known: dict[str, Any] = json.loads(self.file.read_bytes()) if self.file.exists() else {}
-        named = engine or self.known.get("engine", "auto")
-        self.runs = [replace(run, engine=named) for run in planned(folder, data_root, device)]
+        plans = plan.saved_plans(folder, lambda damage: print(damage, file=sys.stderr))
+        if not plans:
+            make = f"python -m skiprnn.sitting plan {folder} experiment=..."
+            raise ConfigError(f"{folder}: no plan there; make one: {make}")
+        settings: dict[str, Any] = {"data_root": data_root, "device": device, "logger": {"csv": job.OWN_LOGGER}}
+        settings["engine"] = engine or self.known.get("engine", "auto")
+        self.runs = [replace(one.run, **settings) for one in plans[0].planned]  # of the latest plan
         self.device = setup.device_of(self.runs[0])
         if engine:
             self.keep(engine=engine)
