@@ -154,7 +154,11 @@ class Sitting:
                 if wrong := contact.reason(error):
                     raise ConfigError(f"--engine {named} for {tested}: {wrong}; --engine auto takes what is right")
             return
-        engines = [engine for engine in engines if not all(map(contact.reason, found[engine].values()))]
+        right = [engine for engine in engines if not all(map(contact.reason, found[engine].values()))]
+        self.keep(place=where, **self.times(right, left))
+
+    def times(self, engines: list[str], left: Callable[[], float]) -> dict[str, dict[str, Any]]:
+        """Seconds of a training step: of each model by each engine, and torch's of each cell."""
         seconds: dict[str, dict[str, float]] = {}
         torch_seconds: dict[str, float] = {}
         while engines:
@@ -171,8 +175,8 @@ class Sitting:
                 print(json.dumps(line), flush=True)
             if status == 0 or begun is None:
                 break
-            engines.remove(begun)  # it brought all down, or took too long
-        self.keep(place=where, seconds=seconds, torch=torch_seconds)
+            engines = [engine for engine in engines if engine != begun]  # it brought all down, or took too long
+        return {"seconds": seconds, "torch": torch_seconds}
 
     def shorten(self, minutes: float, left: Callable[[], float]) -> None:
         """Decide the epochs, once: as many as planned, or all that fit.

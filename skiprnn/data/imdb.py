@@ -54,9 +54,8 @@ class IMDb(StoredData):
         padding: the side that is padded, "left" or "right".
         mask_padding: give the lengths, so that the model stops at the padding; otherwise padded steps count like all
             others, as in the paper. Needs padding on the right.
-        vectors: a file below root, or its full path, in word2vec's format (binary if its name contains .bin, else text,
-            either may end in .gz) that
-            `embeddings` starts from.
+        vectors: a file below root, or its full path, that `embeddings` starts from; in word2vec's format (binary if its
+            name contains .bin, else text; either may end in .gz).
         reviews_per_class: what each of the four folders must hold; anything else is refused as incomplete.
         batch_size, seed, root, drop_last: see SequenceData.
 
