@@ -95,18 +95,18 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, Se
     behind = [(f, c) for f, c, one in zip(folders, checkpoints, done, strict=True) if one == min(done)]
     epochs = folders[0].run.training.epochs
     until = min((epoch + (batches > 0) for epoch, batches in done if (epoch, batches) > min(done)), default=epochs)
-    modules, keepers = [], []
+    keepers: list[RunKeeper] = []
     callbacks: list[lightning.Callback] = []
     try:
         for folder, checkpoint in behind:
-            module, loggers = made.pop(folder.run.name, None) or setup.make_module(folder.run), make_loggers(folder)
-            keeper = RunKeeper(folder, module, loggers, quiet=on_terminal(), pack=len(behind))
-            modules.append(module)
+            module = made.pop(folder.run.name, None) or setup.make_module(folder.run)
+            keeper = RunKeeper(folder, module, make_loggers(folder), quiet=on_terminal(), pack=len(behind))
             keepers.append(keeper)
-            callbacks += [wandb_page.UsagePictures(folder, module, loggers, draw)] if draw else []
+            callbacks += [wandb_page.UsagePictures(folder, module, keeper.loggers, draw)] if draw else []
             callbacks.append(keeper)
             if checkpoint:
-                restore(folder, checkpoint, module, keeper)
+                restore(keeper, checkpoint)
+        modules = [keeper.module for keeper in keepers]
         trainer = make_trainer(folders[0].run, modules[0].device, until, callbacks)
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.processed = progress.completed = min(done)[0]
@@ -131,19 +131,19 @@ def progress_of(checkpoint: dict[str, Any] | None) -> tuple[int, int]:
     return checkpoint["epoch"] + 1, checkpoint.get("within_epoch", {"batches": 0})["batches"]
 
 
-def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModule, keeper: RunKeeper) -> None:
-    """Go on from the run's last checkpoint.
+def restore(keeper: RunKeeper, checkpoint: dict[str, Any]) -> None:
+    """Let its run go on from its last checkpoint.
 
     Raises:
         ConfigError: what it holds does not fit.
     """
-    load_weights(module, checkpoint, folder.last)
+    load_weights(keeper.module, checkpoint, keeper.folder.last)
     try:
         (state,) = checkpoint["optimizer_states"]
-        module.restore_optimiser(state)
+        keeper.module.restore_optimiser(state)
         keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
+        raise ConfigError(f"checkpoint {keeper.folder.last} is damaged ({error}); delete it to begin anew") from None
 
 
 def loggers_of(run: RunConfig) -> dict[str, Callable[..., Logger]]:
