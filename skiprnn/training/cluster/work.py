@@ -1,4 +1,4 @@
-"""What a job does."""
+"""What a job does; submitit (skiprnn[slurm]) calls it."""
 
 import json
 import os
