@@ -383,7 +383,7 @@ HYDRA = [
         "is not for data=digits: add experiment=NAME or data=mnist, or profile=digits/NAME, of cpu",
     ),
     ("-m profile=mnist/smoke seed=0,1", "profile=mnist/smoke is not for data=digits: add experiment=NAME or "),
-    ("data=adding", "profile=digits/cpu is not for data=adding: add profile=adding/NAME, of cpu, paper, smoke"),
+    ("data=adding", "profile=digits/cpu is not for data=adding: add profile=adding/NAME, of cpu, long, paper, smoke"),
     ("-m data=adding", "profile=digits/cpu is not for data=adding"),
     ("-m data=adding,digits", "profile=digits/cpu is not for data=adding"),
     ("-m experiment=table1", "profile=digits/cpu is not for data=mnist: add profile=mnist/NAME"),
