@@ -52,7 +52,7 @@ class SubmititLauncher(PlaceLauncher):
     def place(self, output: Path, max_jobs: int | None) -> Any:
         from omegaconf import OmegaConf
 
-        from skiprnn.training.cluster import Cluster
+        from skiprnn.training.cluster.place import Cluster
 
         settings = OmegaConf.to_container(OmegaConf.create(self.settings))
         return Cluster(output, max_jobs, **settings)

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from skiprnn.benchmarks import cpu, gpu
 from skiprnn.benchmarks.networks import RATES
-from skiprnn.training.config import arguments_of
+from skiprnn.training.command_line import arguments_of
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from skiprnn.model.pretrained import SUFFIX
 from skiprnn.papers import claims
-from skiprnn.training.config import ConfigError, arguments_of
+from skiprnn.training.command_line import arguments_of
+from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import write_atomically
 
 

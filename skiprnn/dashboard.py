@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from skiprnn.training.config import ConfigError, arguments_of
+from skiprnn.training.command_line import arguments_of
+from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import write_atomically
 from skiprnn.views import page, workspace
 from skiprnn.views.server import LOOPBACK, Server

@@ -31,9 +31,10 @@ from skiprnn.model.policies import Always
 from skiprnn.training import measures, provenance
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import read_checkpoint
-from skiprnn.training.job import USER_ERRORS, load, quieten
+from skiprnn.training.job import USER_ERRORS, quieten
 from skiprnn.training.module import evaluate
 from skiprnn.training.network import Network
+from skiprnn.training.setup import load
 from skiprnn.training.timing import alternate
 
 MESSAGES = Console(stderr=True)  # progress

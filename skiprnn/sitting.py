@@ -31,27 +31,17 @@ import torch
 
 from skiprnn.model.engines import contact
 from skiprnn.papers import plan
-from skiprnn.training import job
+from skiprnn.training import job, setup
+from skiprnn.training.command_line import arguments_of
 from skiprnn.training.config import ConfigError, RunConfig
-from skiprnn.training.folder import RunFolder, duration, write_atomically
-from skiprnn.training.module import SideBySide, architecture
+from skiprnn.training.estimate import seconds_per_epoch, seconds_per_step
+from skiprnn.training.folder import RunFolder, write_atomically
+from skiprnn.training.module import architecture
+from skiprnn.training.timing import alternate, duration
 
 RESERVE = 30.0  # seconds for the last checkpoints and the archives
-STEPS = 4  # of training that are timed, after two that warm up and record
+STEPS = 4  # that are timed
 HOPELESS = 2.0  # an engine that takes so many times the fastest's seconds for the first model is timed for no other
-
-
-def planned(folder: Path, data_root: str, device: str) -> list[RunConfig]:
-    """The runs of the latest plan in a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    plans = plan.saved_plans(folder, lambda damage: print(damage, file=sys.stderr))
-    if not plans:
-        raise ConfigError(f"{folder}: no plan there; make one: python -m skiprnn.sitting plan {folder} experiment=...")
-    place: dict[str, Any] = {"data_root": data_root, "device": device, "logger": {"csv": job.OWN_LOGGER}}
-    return [replace(one.run, **place) for one in plans[0].planned]
 
 
 def candidates(device: torch.device) -> list[str]:
@@ -59,40 +49,19 @@ def candidates(device: torch.device) -> list[str]:
     return ["cuda", "triton", "batched"] if device.type == "cuda" else ["batched"]
 
 
-def measure(runs: Sequence[RunConfig], steps: int) -> float:
-    """Seconds of a training step of these runs side by side, on real batches, once all is recorded."""
-    modules = [job.make_module(run) for run in runs]
-    side_by_side = SideBySide(modules)
-    for module in modules:
-        module.begin("train", 0)
-    batches = [next(iter(module.data.training_batches(0))) for module in modules]
-
-    def train(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            side_by_side.training_step(batches)
-        modules[-1].sums["train"].sums.tolist()  # waits for the device
-        return time.perf_counter() - start
-
-    train(2)
-    return train(steps) / steps
-
-
-def measure_torch(run: RunConfig, steps: int) -> float:
+def measure_torch(run: RunConfig) -> float:
     """Seconds of a training step of torch's own network of the same cell and size, cuDNN's on a GPU."""
-    module = job.make_module(run)
+    module = setup.make_module(replace(run, engine="reference"))  # of ours only the embedding is asked for anything
+    inputs = module.network.embed(next(iter(module.data.training_batches(0)))[0]).detach()
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[run.model.cell]
-    network = kind(module.data.input_size, run.model.hidden_size, run.model.num_layers, batch_first=True)
-    network.to(module.device)
-    inputs, _, _ = next(iter(module.data.training_batches(0)))
-    times = []
-    for _ in range(2 + steps):
-        start = time.perf_counter()
+    network = kind(inputs.shape[2], run.model.hidden_size, run.model.num_layers, batch_first=True).to(module.device)
+
+    def step() -> None:
         network.zero_grad()
         network(inputs)[0][:, -1].sum().backward()
         network.bias_hh_l0.grad.sum().item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+    return alternate({"torch": step}, STEPS)["torch"]
 
 
 class Sitting:
@@ -102,15 +71,23 @@ class Sitting:
         folder: of run folders and plan.
         data_root, device: as in a run's config.
         engine: for all runs, in this sitting and later ones; "auto": the fastest again.
+
+    Raises:
+        ConfigError: nothing is planned there.
     """
 
     def __init__(self, folder: Path, data_root: str = "data", device: str = "auto", engine: str | None = None):
         self.folder, self.file = folder, folder / "sitting.json"
         self.place = ["--data-root", data_root, "--device", device]
         self.known: dict[str, Any] = json.loads(self.file.read_bytes()) if self.file.exists() else {}
-        named = engine or self.known.get("engine", "auto")
-        self.runs = [replace(run, engine=named) for run in planned(folder, data_root, device)]
-        self.device = job.device_of(self.runs[0])
+        plans = plan.saved_plans(folder, lambda damage: print(damage, file=sys.stderr))
+        if not plans:
+            make = f"python -m skiprnn.sitting plan {folder} experiment=..."
+            raise ConfigError(f"{folder}: no plan there; make one: {make}")
+        settings: dict[str, Any] = {"data_root": data_root, "device": device, "logger": {"csv": job.OWN_LOGGER}}
+        settings["engine"] = engine or self.known.get("engine", "auto")
+        self.runs = [replace(one.run, **settings) for one in plans[0].planned]  # of the latest plan
+        self.device = setup.device_of(self.runs[0])
         if engine:
             self.keep(engine=engine)
 
@@ -177,7 +154,11 @@ class Sitting:
                 if wrong := contact.reason(error):
                     raise ConfigError(f"--engine {named} for {tested}: {wrong}; --engine auto takes what is right")
             return
-        engines = [engine for engine in engines if not all(map(contact.reason, found[engine].values()))]
+        right = [engine for engine in engines if not all(map(contact.reason, found[engine].values()))]
+        self.keep(place=where, **self.times(right, left))
+
+    def times(self, engines: list[str], left: Callable[[], float]) -> dict[str, dict[str, Any]]:
+        """Seconds of a training step: of each model by each engine, and torch's of each cell."""
         seconds: dict[str, dict[str, float]] = {}
         torch_seconds: dict[str, float] = {}
         while engines:
@@ -194,32 +175,24 @@ class Sitting:
                 print(json.dumps(line), flush=True)
             if status == 0 or begun is None:
                 break
-            engines.remove(begun)  # it brought all down, or took too long
-        self.keep(place=where, seconds=seconds, torch=torch_seconds)
+            engines = [engine for engine in engines if engine != begun]  # it brought all down, or took too long
+        return {"seconds": seconds, "torch": torch_seconds}
 
     def shorten(self, minutes: float, left: Callable[[], float]) -> None:
         """Decide the epochs, once: as many as planned, or all that fit.
 
         Raises:
-            ConfigError: there was no time to measure a step.
+            ConfigError: there was no time to measure them.
         """
         if "epochs" in self.known:
             return
         lines = self.child("time", seconds=left() / 2)[1]
         if not lines:
-            raise ConfigError("a step of all runs could not be timed: give more --minutes, or no --budget")
-        (line,) = lines
-        training = self.runs[0].training
-        module = job.make_module(self.runs[0])
-        batches = [len(module.data.training_batches(0)), len(module.data.evaluation_batches("validation"))]
-        limits = training.train_batches, training.evaluation_batches
-        steps, validations = (min(count, limit or count) for count, limit in zip(batches, limits, strict=True))
-        epoch = line["seconds"] * (steps + validations / 3)
-        epochs = max(1, min(training.epochs, int(60 * minutes / epoch)))
-        print(
-            f"{len(self.runs)} runs: {1e3 * line['seconds']:.2f} ms a step, {duration(epoch)} an epoch: {epochs} epochs"
-        )
-        self.keep(step=line["seconds"], epochs=epochs)
+            raise ConfigError("an epoch of all runs could not be timed: give more --minutes, or no --budget")
+        epoch = lines[0]["seconds"]
+        epochs = max(1, min(self.runs[0].training.epochs, int(60 * minutes / epoch)))
+        print(f"{len(self.runs)} runs: {duration(epoch)} an epoch: {epochs} epochs")
+        self.keep(epoch=epoch, epochs=epochs)
 
     def archive(self, out: Path) -> None:
         """An archive for each row, and one of what is known."""
@@ -255,9 +228,9 @@ def variant_of(run: RunConfig) -> contact.Variant:
 def timed(sitting: Sitting, engines: Sequence[str]) -> None:
     """Print seconds of a training step: of each row's runs by each engine where it is right, and torch's.
 
-    Without engines: of all runs, by those that are chosen."""
+    Without engines, of an epoch: of all runs, by those that are chosen."""
     if not engines:
-        print(json.dumps({"row": "all", "seconds": measure(sitting.chosen(), STEPS)}), flush=True)
+        print(json.dumps({"row": "all", "seconds": seconds_per_epoch(*sitting.chosen(), steps=STEPS)}), flush=True)
         return
     rows: dict[str, list[RunConfig]] = {}
     for run in sitting.runs:
@@ -272,7 +245,8 @@ def timed(sitting: Sitting, engines: Sequence[str]) -> None:
             if not wrong:
                 print(json.dumps({"engine": engine}), flush=True)
                 try:
-                    taken[engine] = measure([replace(run, engine=engine) for run in runs], STEPS)
+                    modules = [setup.make_module(replace(run, engine=engine)) for run in runs]
+                    taken[engine] = seconds_per_step(modules, "train", STEPS)
                     print(json.dumps({"engine": engine, "row": row, "seconds": taken[engine]}), flush=True)
                 except (RuntimeError, ConfigError) as error:  # out of memory, a shape that the engine does not serve
                     wrong = str(error).splitlines()[0]
@@ -283,7 +257,7 @@ def timed(sitting: Sitting, engines: Sequence[str]) -> None:
             engines = [engine for engine in engines if taken.get(engine, 0.0) < most]
         if model.policy == "always" and model.cell not in timed_torch:
             timed_torch.add(model.cell)
-            print(json.dumps({"torch": model.cell, "seconds": measure_torch(runs[0], STEPS)}), flush=True)
+            print(json.dumps({"torch": model.cell, "seconds": measure_torch(runs[0])}), flush=True)
 
 
 def train(sitting: Sitting, minutes: float, budget: float | None, out: Path | None) -> None:
@@ -320,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--engine", help="for all runs, in place of the fastest for each")
     parser.add_argument("--of", nargs="*", default=[], help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = arguments_of(parser, arguments)
     job.quieten()
     os.environ.setdefault("SKIPRNN_CACHE", str(given.folder.absolute() / "cache"))
     try:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skiprnn.papers.plan import PlannedRun, saved_plans
-from skiprnn.training import cluster
-from skiprnn.training.config import ConfigError, arguments_of
+from skiprnn.training.cluster import submissions
+from skiprnn.training.command_line import arguments_of
+from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import locked_files
 
 STATES = ("complete", "running", "queued", "stopped", "failed", "waiting")
@@ -24,14 +25,14 @@ def in_jobs(output: Path) -> dict[str, tuple[str, str]]:
     Raises:
         ConfigError: the queue does not answer.
     """
-    jobs = cluster.submitted((output / "submitit").resolve())
-    known = cluster.states(jobs)
+    jobs = submissions.submitted((output / "submitit").resolve())
+    known = submissions.states(jobs)
     runs: dict[str, tuple[str, str]] = {}
     for job in jobs:
         state, reason = known[job.id]
         if state in ("RUNNING", "COMPLETING"):
             said = "running", f"job {job.id}"
-        elif state not in cluster.OVER:
+        elif state not in submissions.OVER:
             said = "queued", f"job {job.id}, {state.lower()}: {reason}"
         else:
             continue

@@ -14,19 +14,16 @@ import sys
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from skiprnn.training import config as configs
-from skiprnn.training import job
-from skiprnn.training.config import ConfigError
+from skiprnn.training import command_line, job
+from skiprnn.training.config import ConfigError, packaged
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.measures import SCORES
 from skiprnn.views.samples import picture
 
 
-@hydra.main(version_base="1.3", config_path=str(configs.packaged("conf")), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(packaged("conf")), config_name="config")
 def train(config: DictConfig) -> float:
     """Train the run of a config; print what came of it. Sweeps (-m) go to hydra_plugins/skiprnn_sweeper.py.
 
@@ -36,15 +33,15 @@ def train(config: DictConfig) -> float:
     """
     job.quieten()
     try:
-        run = configs.read(config)
+        run = command_line.read(config)
         if run.experiment:
             raise ConfigError(f"experiment={run.experiment} is many runs: add -m")
         if run.pack and run.pack > 1:
             raise ConfigError(f"pack={run.pack} is for many runs: add -m, and seed=0,1")
         if HydraConfig.initialized():
             command = HydraConfig.get()
-            configs.require_own_profile(command)
-            configs.require_experiment(command.overrides.task)
+            command_line.require_own_profile(command)
+            command_line.require_experiment(command.overrides.task)
         (record,) = job.train([run], picture)
     except job.USER_ERRORS as error:
         sys.exit(f"error: {error}")
@@ -55,7 +52,7 @@ def train(config: DictConfig) -> float:
     folder = RunFolder(run)
     print(f"{run.name}: {results} (epoch {best['epoch'] + 1}, best on validation)  {folder.path}")
     print(f"Next: python -m skiprnn.evaluate checkpoint={folder.best}; python -m skiprnn.dashboard {run.output}")
-    target = configs.read_sweep(config).target_updates
+    target = command_line.read_sweep(config).target_updates
     if target is None:
         return best["validation"][score]
     return abs(record["final"]["validation"]["state_updates"] / record["steps"] - target)
@@ -65,15 +62,12 @@ def main() -> None:
     """The command, from sys.argv: Hydra's, and --detach, which makes a sweep on a cluster submit and not wait."""
     sys.argv[1:] = ["hydra.launcher.detach=true" if one == "--detach" else one for one in sys.argv[1:]]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its errors come here, to be one line
-    configs.arguments_of(get_args_parser())
+    command_line.arguments_of(get_args_parser())
     try:
-        train()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {configs.in_one_line(error, sys.argv)}")
-    except ValueError as error:
-        if not configs.is_of_hydra(error):
-            raise
-        sys.exit(f"error: {configs.in_one_line(error, sys.argv)}")
+        with command_line.refusals(sys.argv):
+            train()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

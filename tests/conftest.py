@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ if not torch.cuda.is_available():  # before Triton is imported: then the GPU eng
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from skiprnn.data.ucf101.store import appending
-from skiprnn.training import config, job
+from skiprnn.training import command_line, config, job
 from skiprnn.training.config import RunConfig
 
 CONF = str(config.packaged("conf"))
@@ -42,7 +43,7 @@ def small_run(tmp_path):
     """A function: overrides -> a run of seconds in a folder of its own."""
 
     def make(*overrides: str) -> RunConfig:
-        return config.read(compose([*SMALL, f"output={tmp_path}", *overrides]))
+        return command_line.read(compose([*SMALL, f"output={tmp_path}", *overrides]))
 
     return make
 
@@ -101,3 +102,13 @@ def make_small_ucf101(root: Path) -> None:
     for part, groups in {"test": range(1, 8), "train": range(8, 26)}.items():
         lines = [f"{clip}.avi\n" for clip in clips if int(clip[-6:-4]) in groups]
         (folder / f"{part}list01.txt").write_text("".join(lines))
+
+
+def make_small_imdb(root: Path, text: Callable[[str, str, int], str], per_class: int = 10) -> None:
+    """Reviews below a data folder: the text of each part, label and number."""
+    for part in ("train", "test"):
+        for label in ("neg", "pos"):
+            folder = root / "imdb" / "aclImdb" / part / label
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                (folder / f"{number}_5.txt").write_text(text(part, label, number), "utf-8")

@@ -11,7 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hydra_plugins.skiprnn_launchers import ProcessesLauncher
-from skiprnn import bench, claims, dashboard, tables, train
+from skiprnn import bench, claims, dashboard, sitting, tables, train
 from skiprnn.data.ucf101 import __main__ as ucf101
 from skiprnn.papers import sweep
 
@@ -183,6 +183,9 @@ RUNS = [
     ("rows=abc", "rows: .*no list"),
     ("rows=[0]", r"rows=\[0\]: must be different numbers from 1 on"),
     ("rows=[1,1]", r"rows=\[1, 1\]: must be different numbers"),
+    ("target_updates=0", "target_updates=0.0: must be a share of the steps"),
+    ("target_updates=1.5", "target_updates=1.5: must be a share of the steps, above 0 and at most 1"),
+    ("target_updates=half", "target_updates: Value 'half'"),
     ("rows=[]", r"rows=\[\]: must be different numbers"),
     ("rows=[true]", r"rows\[0\]: Value 'True'"),
     # data
@@ -219,7 +222,7 @@ RUNS = [
     ("data=adding data.length=1000000000000", r"data=adding: its validation and test batches need [\d,]+ GiB"),
     ("data=adding data.length=2.5", "data.length=2.5: must be int"),
     ("data=adding data.low=nan", "data.low=nan: must be float"),
-    ("data=adding data.low=2", "data=adding: low must be below high"),
+    ("data=adding data.low=0.5", "data=adding: low must be below high"),
     ("data=adding data.high=inf", "data.high=inf: must be float"),
     ("data=adding data.high=nan", "data.high=nan: must be float"),
     ("data=adding data.low=null", "data.low=None: must be float"),
@@ -244,6 +247,7 @@ RUNS = [
     ("data=frequency data.phase=moon", "data=frequency: phase must be"),
     ("data=frequency data.low=-1", "data=frequency: periods must satisfy"),
     ("data=frequency data.target_low=7", "data=frequency: periods must satisfy"),
+    ("data=frequency data.low=5 data.high=6", "data=frequency: low and high must leave class 1"),
     ("data=frequency data.sampling_period=-1", "data=frequency: sampling_period must be in"),
     ("data=frequency data.sampling_period=nan", "data.sampling_period=nan: must be float"),
     ("data=frequency data.sampling_period=often", "data.sampling_period=often: must be float"),
@@ -269,7 +273,7 @@ RUNS = [
     ("data=imdb data.min_count=0", "data=imdb: min_count must be at least 1"),
     ("data=imdb data.vectors=[1]", r"data.vectors=\[1\]: must be str"),
     ("data=ucf101 data.split=4", "data=ucf101: split must be 1, 2 or 3"),
-    ("data=ucf101 data.frames=300", "data=ucf101: frames must be from 1 to 250"),
+    ("data=ucf101 data.frames=251", "data=ucf101: frames must be from 1 to 250"),
     ("data=ucf101 data.validation_groups=0", "data=ucf101: validation_groups must be at least 1"),
     ("data=ucf101 data.split=one", "data.split=one: must be int"),
     ("data=ucf101 data.frames=0", "data=ucf101: frames must be from 1 to 250"),
@@ -379,7 +383,7 @@ HYDRA = [
         "is not for data=digits: add experiment=NAME or data=mnist, or profile=digits/NAME, of cpu",
     ),
     ("-m profile=mnist/smoke seed=0,1", "profile=mnist/smoke is not for data=digits: add experiment=NAME or "),
-    ("data=adding", "profile=digits/cpu is not for data=adding: add profile=adding/NAME, of cpu, paper, smoke"),
+    ("data=adding", "profile=digits/cpu is not for data=adding: add profile=adding/NAME, of cpu, long, paper, smoke"),
     ("-m data=adding", "profile=digits/cpu is not for data=adding"),
     ("-m data=adding,digits", "profile=digits/cpu is not for data=adding"),
     ("-m experiment=table1", "profile=digits/cpu is not for data=mnist: add profile=mnist/NAME"),
@@ -405,9 +409,15 @@ def test_what_hydra_refuses_is_one_line_too(arguments, message, refused, monkeyp
     refused(train.main, message)
 
 
-@pytest.mark.parametrize("module", [claims, dashboard, bench, ucf101])
-def test_the_other_commands_refuse_arguments_in_one_line(module, refused, capsys):
-    refused(lambda: module.main(["convert", "--colour"] if module is ucf101 else ["--colour"]), r"; see --help$")
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        *((claims, []), (dashboard, []), (bench, []), (sitting, ["train", "folder"])),
+        *((ucf101, ["extract"]), (ucf101, ["convert"])),
+    ],
+)
+def test_the_other_commands_refuse_arguments_in_one_line(module, arguments, refused, capsys):
+    refused(lambda: module.main([*arguments, "--colour"]), r"; see --help$")
     assert capsys.readouterr().err == ""
 
 

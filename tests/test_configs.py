@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 from skiprnn.data.base import DataError
 from skiprnn.papers import experiments
-from skiprnn.training import config
+from skiprnn.training import command_line, config
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_record
-from skiprnn.training.job import make_data, make_module
 from skiprnn.training.module import SideBySide
+from skiprnn.training.setup import make_data, make_module
 
 
 def names(group: str) -> list[str]:
@@ -42,7 +42,7 @@ def data_or_skip(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")  # for all tests: reviews are tokenised once
 
     def check(overrides: list[str]) -> list[str]:
-        run = config.read(compose(overrides))
+        run = command_line.read(compose(overrides))
         if run.data["name"] == "ucf101":
             make_small_ucf101(root)
         elif (
@@ -59,21 +59,21 @@ def data_or_skip(tmp_path_factory):
 @pytest.mark.parametrize("data", ["digits", "adding"])
 def test_every_model_trains_one_step(model, data):
     one_training_step(
-        config.read(compose([f"model={model}", f"data={data}", "model.hidden_size=5", "model.num_layers=2"]))
+        command_line.read(compose([f"model={model}", f"data={data}", "model.hidden_size=5", "model.num_layers=2"]))
     )
 
 
 @pytest.mark.parametrize("data", names("data"))
 def test_every_data_set_trains_one_step(data, data_or_skip):
     one_training_step(
-        config.read(compose(data_or_skip([f"data={data}", "model.hidden_size=5", "training.batch_size=16"])))
+        command_line.read(compose(data_or_skip([f"data={data}", "model.hidden_size=5", "training.batch_size=16"])))
     )
 
 
 @pytest.mark.parametrize("profile", names("profile"))
 def test_every_profile_composes(profile):
     assert compose([f"profile={profile}"])["seeds"]
-    config.read(compose([f"profile={profile}"]))
+    command_line.read(compose([f"profile={profile}"]))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ ROWS = [(name, row) for name in experiments.files() for row in experiments.load(
 @pytest.mark.parametrize(("experiment", "row"), ROWS, ids=lambda value: getattr(value, "label", value))
 def test_every_row_of_every_experiment_trains_one_step(experiment, row, data_or_skip):
     overrides = data_or_skip([*row.overrides, "training.batch_size=16", "model.hidden_size=5"])
-    one_training_step(config.read(compose(overrides)))
+    one_training_step(command_line.read(compose(overrides)))
 
 
 RECORDS = sorted(Path(CONF).parent.glob("results/**/*.json"))
@@ -110,19 +110,19 @@ def test_every_published_record_still_has_its_hash_and_task():
 
 
 def test_a_later_option_is_part_of_what_a_run_is_unless_it_stands_at_its_default():
-    plain, warm = (config.read(compose([f"training.warmup_epochs={epochs}"])) for epochs in (0, 3))
+    plain, warm = (command_line.read(compose([f"training.warmup_epochs={epochs}"])) for epochs in (0, 3))
     assert "warmup_epochs" not in plain.identity["training"]
     assert warm.identity["training"]["warmup_epochs"] == 3
     assert RunConfig.of(warm.identity) == RunConfig.of(warm.identity | {"seed": 0})
 
 
 def test_a_retired_option_is_read_at_its_last_value_alone():
-    run = config.read(compose([]))
+    run = command_line.read(compose([]))
     assert run.identity["model"]["layer_norm"] is False
     older = OmegaConf.create(run.identity)
-    assert config.read(older).hash == RunConfig.of(run.identity).hash == run.hash
+    assert command_line.read(older).hash == RunConfig.of(run.identity).hash == run.hash
     older.model.layer_norm = True
-    for reading in (config.read, RunConfig.of):
+    for reading in (command_line.read, RunConfig.of):
         with pytest.raises(ConfigError, match=r"model.layer_norm=True: there is no such option any more"):
             reading(older)
 

@@ -13,7 +13,7 @@ from skiprnn.model import engines
 from skiprnn.model.engines import contact, cuda, trial
 from skiprnn.model.engines.cuda import nvrtc, operator
 from skiprnn.model.recurrent import Recurrent
-from skiprnn.training import job
+from skiprnn.training import setup
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,7 +155,7 @@ def test_gradients_of_trained_networks_over_784_steps(emulated, row, cosine, tmp
     if "SKIPRNN_MIRROR" not in os.environ:
         pytest.skip("SKIPRNN_MIRROR names no folder with mnist")
     (file,) = (ROOT / "results" / "table1-paper" / "checkpoints" / "mnist" / row).glob("*/last.safetensors")
-    module = job.load(file, data_root=str(tmp_path), device="cpu", engine="native")
+    module = setup.load(file, data_root=str(tmp_path), device="cpu", engine="native")
     inputs, targets, *_ = next(iter(module.data.training_batches(0)))
     found = []
     for engine in ("native", "cuda"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_small_imdb
 from gensim.models import KeyedVectors
 
 from skiprnn.data import imdb
@@ -32,12 +33,7 @@ def text(part: str, label: str, number: int) -> str:
 def root(tmp_path, monkeypatch):
     """A data folder with an unpacked aclImdb."""
     monkeypatch.delenv(MIRROR, raising=False)
-    for part in ("train", "test"):
-        for label in ("neg", "pos"):
-            folder = tmp_path / "imdb" / "aclImdb" / part / label
-            folder.mkdir(parents=True)
-            for number in range(PER_CLASS):
-                (folder / f"{number}_5.txt").write_text(text(part, label, number), "utf-8")
+    make_small_imdb(tmp_path, text, PER_CLASS)
     unlabelled = tmp_path / "imdb" / "aclImdb" / "train" / "unsup"
     unlabelled.mkdir()
     (unlabelled / "0_0.txt").write_text("never seen")
@@ -297,18 +293,3 @@ def test_a_word2vec_file_that_does_not_fit_is_named(root, tmp_path, content, com
         path.write_text(content)
     with pytest.raises(DataError, match=f"(?s)(vectors.txt.*{complaint}|{complaint}.*vectors.txt)"):
         loaded(root, vectors=str(path)).embeddings(3)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"length": 0},
-        {"vocabulary_size": 2},
-        {"min_count": 0},
-        {"padding": "top"},
-        {"padding": "left", "mask_padding": True},
-    ],
-)
-def test_imdb_refuses(arguments):
-    with pytest.raises(ValueError, match=r"must|needs"):
-        IMDb(**arguments)

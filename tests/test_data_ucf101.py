@@ -495,9 +495,3 @@ def test_the_official_lists():
     assert len({action for action, _ in train}) == 101
     assert {group_of(name) for _, name in train} == set(range(8, 26))
     assert {group_of(name) for _, name in test} == set(range(1, 8))
-
-
-@pytest.mark.parametrize("arguments", [{"split": 4}, {"frames": 251}, {"validation_groups": 0}])
-def test_ucf101_refuses(arguments):
-    with pytest.raises(ValueError, match="must be"):
-        UCF101(**arguments)

@@ -17,7 +17,7 @@ from skiprnn.papers import experiments, plan
 from skiprnn.papers.experiments import Experiment, Row
 from skiprnn.papers.plan import PlannedRun, _last_wins
 from skiprnn.training.config import ConfigError
-from skiprnn.training.job import make_data
+from skiprnn.training.setup import make_data
 
 PROFILE_FOLDER = Path(CONF, "profile")
 EXPERIMENTS = sorted(experiments.files())

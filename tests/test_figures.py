@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL, compose, make_small_ucf101, trained
+from conftest import SMALL, compose, make_small_imdb, make_small_ucf101, trained
 from matplotlib.colors import to_rgb
 from test_data_ucf101 import film
 
@@ -15,10 +15,10 @@ from skiprnn import bench
 from skiprnn import figures as command
 from skiprnn.data.base import MIRROR
 from skiprnn.papers import plan
-from skiprnn.training import config
+from skiprnn.training import command_line
 from skiprnn.training.config import ConfigError
-from skiprnn.training.job import make_module
 from skiprnn.training.module import SequenceModule
+from skiprnn.training.setup import make_module
 from skiprnn.views import figures, style
 from skiprnn.views import samples as usage
 
@@ -265,7 +265,7 @@ def test_time_against_rate_is_drawn_beside_torchs(tmp_path):
 
 def lively(*overrides: str) -> SequenceModule:
     """An untrained network that uses some samples and skips others."""
-    run = config.read(compose([*SMALL, *overrides]))
+    run = command_line.read(compose([*SMALL, *overrides]))
     module = make_module(run).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -321,13 +321,8 @@ def test_used_samples_are_red_and_skipped_ones_blue(data):
 def reviews(tmp_path, monkeypatch):
     """Overrides for a few reviews of made-up words, with signs that HTML and matplotlib read otherwise."""
     monkeypatch.delenv(MIRROR, raising=False)
-    for part in ("train", "test"):
-        for label in ("neg", "pos"):
-            folder = tmp_path / "imdb" / "aclImdb" / part / label
-            folder.mkdir(parents=True)
-            for number in range(10):
-                text = " ".join(f"word{(number + k) % 7}" for k in range(30))
-                (folder / f"{number}_5.txt").write_text(f"<i> $5 & $6 {text}", "utf-8")
+    words = [" ".join(f"word{(number + k) % 7}" for k in range(30)) for number in range(10)]
+    make_small_imdb(tmp_path, lambda part, label, number: f"<i> $5 & $6 {words[number]}")
     return ["data=imdb", "data.length=60", "+data.reviews_per_class=10", f"data_root={tmp_path}"]
 
 

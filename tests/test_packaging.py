@@ -21,7 +21,7 @@ from skiprnn.data.base import DataError
 from skiprnn.data.imdb import IMDb
 from skiprnn.data.ucf101.extract import extract
 from skiprnn.papers import plan
-from skiprnn.training import config, wandb_page
+from skiprnn.training import command_line, wandb_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -270,7 +270,7 @@ def test_a_command_without_its_extra_says_which(monkeypatch):
         ("safetensors", "experiments", lambda: SkipLSTM.from_pretrained("model.safetensors")),
         ("gensim", "text", lambda: IMDb(vectors="vectors.bin").embeddings()),
         ("av", "video", lambda: extract(Path("videos"), Path("store"))),
-        ("wandb", "wandb", lambda: wandb_page.page_options(config.read(compose(["logger=[csv,wandb]"])))),
+        ("wandb", "wandb", lambda: wandb_page.page_options(command_line.read(compose(["logger=[csv,wandb]"])))),
     ],
 )
 def test_what_needs_an_extra_says_which(library, extra, use, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skiprnn.training import job
+from skiprnn.training import job, setup
 from skiprnn.training.config import RunConfig
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.module import SequenceModule, stage_seed
@@ -168,7 +168,7 @@ def write_reviews(root: Path) -> None:
 @pytest.fixture
 def low_gates(monkeypatch):
     """Runs begin with gates that skip."""
-    make_module = job.make_module
+    make_module = setup.make_module
 
     def make(run: RunConfig) -> SequenceModule:
         module = make_module(run)
@@ -179,7 +179,7 @@ def low_gates(monkeypatch):
                 policy.bias.fill_(-1.0)
         return module
 
-    monkeypatch.setattr(job, "make_module", make)
+    monkeypatch.setattr(setup, "make_module", make)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (1, 2)], ids=["alone", "side by side"])
@@ -193,7 +193,7 @@ def test_runs_are_what_the_protocol_makes_of_them(data, model, seeds, small_run,
         write_reviews(tmp_path / "data")
     run = small_run(*SETTINGS, *DATA[data], f"model={model}", f"data_root={tmp_path / 'data'}")
     runs = [replace(run, seed=seed) for seed in seeds]
-    wanted = [expected(one, job.make_module(one)) for one in runs]
+    wanted = [expected(one, setup.make_module(one)) for one in runs]
     records = job.train(runs)
     score = "mse" if data == "adding" else "accuracy"
     for one, (weights, rows, test), record in zip(runs, wanted, records, strict=True):

@@ -18,7 +18,7 @@ import torch
 from conftest import SMALL, command, compose, trained
 
 from skiprnn import train
-from skiprnn.training import config, job, provenance
+from skiprnn.training import command_line, job, provenance, setup
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
 from skiprnn.training.keeper import MetricsFile, RunKeeper
@@ -233,7 +233,7 @@ def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, 
         git("commit", "--allow-empty", "-m", "while it runs")
         return validate(self, *arguments)
 
-    (tmp_path / "skiprnn" / "training").mkdir(parents=True)
+    (tmp_path / "skiprnn").mkdir()
     (tmp_path / "skiprnn" / "__init__.py").touch()
     git("init")
     git("add", "skiprnn")
@@ -241,7 +241,7 @@ def test_a_record_names_the_commit_that_the_run_began_with(small_run, tmp_path, 
     before = git("rev-parse", "HEAD")
     validate = SideBySide.validation_step
     monkeypatch.setattr(SideBySide, "validation_step", commit_and_validate)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "skiprnn" / "training" / "provenance.py"))
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "skiprnn")
     provenance.code_version.cache_clear()
     try:
         record = trained(small_run("training.epochs=1"))
@@ -304,7 +304,7 @@ def test_a_place_tells_how_many_runs_shared_the_process(small_run, ending):
 
 def test_what_lightning_takes_from_a_device_is_brought_back(small_run):
     """Lightning moves what it has trained to the CPU; a record is then made where the data are."""
-    module = job.make_module(small_run())
+    module = setup.make_module(small_run())
     module.data.device = torch.device("meta")  # stands for a GPU
     job.fit(SimpleNamespace(fit=lambda runs: runs.to("cpu")), SideBySide([module]))
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
@@ -321,7 +321,7 @@ def test_what_lightning_takes_from_a_device_is_brought_back(small_run):
 )
 def test_untracked_code_and_settings_count_as_changes(tracked, file, dirty, tmp_path, monkeypatch):
     """Where the repository does not track the package, as where it is installed, it says nothing of it."""
-    for path in ("skiprnn/training", "conf/model"):
+    for path in ("skiprnn", "conf/model"):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "skiprnn" / "__init__.py").touch()
     (tmp_path / tracked).touch()
@@ -329,7 +329,7 @@ def test_untracked_code_and_settings_count_as_changes(tracked, file, dirty, tmp_
     for arguments in (["init"], ["add", tracked], [*identity, "commit", "-m", "code"]):
         subprocess.run(["git", "-C", tmp_path, *arguments], capture_output=True, check=True)
     (tmp_path / file).write_text("new")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "skiprnn" / "training" / "provenance.py"))
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "skiprnn")
     provenance.code_version.cache_clear()
     try:
         version = provenance.code_version()
@@ -357,8 +357,8 @@ def test_learning_rate_rises_at_the_start_and_falls_at_the_end_in_equal_steps(sm
 
 
 def test_a_new_run_is_made_once(tmp_path, monkeypatch):
-    made, make = [], job.make_module
-    monkeypatch.setattr(job, "make_module", lambda run: made.append(run) or make(run))
+    made, make = [], setup.make_module
+    monkeypatch.setattr(setup, "make_module", lambda run: made.append(run) or make(run))
     train.train(compose([*SMALL, *FEW, f"output={tmp_path}"]))
     assert len(made) == 1
 
@@ -452,7 +452,7 @@ def damaged(file: Path, how: str, others: runs.RunFolder | None = None) -> bytes
 def trained_once(tmp_path_factory):
     """The output folder of two complete runs."""
     output = tmp_path_factory.mktemp("complete")
-    run = config.read(compose([*SMALL, *FEW, f"output={output}"]))
+    run = command_line.read(compose([*SMALL, *FEW, f"output={output}"]))
     job.train([replace(run, seed=seed) for seed in (0, 1)])
     return output
 

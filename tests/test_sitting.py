@@ -10,12 +10,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import command
+from conftest import command, make_small_imdb
 from test_runs import assert_same_outcome
 
 from skiprnn import sitting
 from skiprnn.model.engines import contact
-from skiprnn.training import job
+from skiprnn.training import estimate, job, setup
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.module import SideBySide, architecture
@@ -146,8 +146,9 @@ def test_an_engine_that_brings_the_timing_down_is_left_out(planned, monkeypatch,
 
 def test_an_engine_twice_as_slow_is_timed_for_the_first_model_alone(planned, monkeypatch, engines, capsys):
     times = {"triton": 0.1, "batched": 0.19, "cuda": 0.21}
-    monkeypatch.setattr(sitting, "measure", lambda runs, steps: times[runs[0].engine])
-    monkeypatch.setattr(sitting, "measure_torch", lambda run, steps: 0.3)
+    monkeypatch.setattr(setup, "make_module", lambda run: run)
+    monkeypatch.setattr(sitting, "seconds_per_step", lambda runs, stage, steps: times[runs[0].engine])
+    monkeypatch.setattr(sitting, "measure_torch", lambda run: 0.3)
     engines(dict.fromkeys(times, 0.0))
     sitting.timed(sitting.Sitting(planned, device="cpu"), list(times))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -254,11 +255,23 @@ def test_a_sitting_ends_within_its_minutes(planned, tmp_path, monkeypatch):
 def test_what_is_planned_takes_no_longer_than_the_budget(planned, monkeypatch):
     """All runs are shortened alike, once."""
     one = sitting.Sitting(planned, device="cpu")
-    monkeypatch.setattr(sitting.Sitting, "child", lambda *_, **__: (0, [{"row": "all", "seconds": 6.0}]))
-    one.shorten(1.0, lambda: 1e9)  # 5 batches of training, 2 of validation: 34 seconds an epoch
+    step = {"train": 6.0, "validation": 2.0}
+    monkeypatch.setattr(estimate, "seconds_per_step", lambda runs, stage, steps: step[stage])
+    seconds = estimate.seconds_per_epoch(*one.chosen())
+    assert seconds == 5 * 6 + 2 * 2, "batches of 1,197 and 300 sequences"
+    shorter = [replace(run, training=replace(run.training, train_batches=3)) for run in one.chosen()]
+    assert estimate.seconds_per_epoch(*shorter) == 3 * 6 + 2 * 2
+    monkeypatch.setattr(sitting.Sitting, "child", lambda *_, **__: (0, [{"row": "all", "seconds": seconds}]))
+    one.shorten(1.0, lambda: 1e9)
     assert {run.training.epochs for run in one.chosen()} == {1}
     one.shorten(1e9, lambda: 1e9)
     assert {run.training.epochs for run in sitting.Sitting(planned, device="cpu").chosen()} == {1}
+
+
+def test_torch_is_timed_on_text_too(small_run, tmp_path):
+    make_small_imdb(tmp_path, lambda part, label, number: f"{part} {label} {number}")
+    text = ["data=imdb", "profile=imdb/smoke", "+data.reviews_per_class=10", f"data_root={tmp_path}"]
+    assert sitting.measure_torch(small_run("model=lstm", *text)) > 0
 
 
 def test_without_a_plan_it_says_how_to_make_one(tmp_path):

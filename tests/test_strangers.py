@@ -22,10 +22,10 @@ from skiprnn.data.ucf101.store import FeatureStore
 from skiprnn.model import pretrained
 from skiprnn.model.recurrent import Recurrent
 from skiprnn.papers import records, release
-from skiprnn.training import config
+from skiprnn.training import command_line
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, read_record
-from skiprnn.training.job import load, make_data
+from skiprnn.training.setup import load, make_data
 from skiprnn.views import page
 
 
@@ -34,7 +34,7 @@ def honest(tmp_path_factory):
     """A run's best.ckpt, and the published file of the same weights."""
     folder = tmp_path_factory.mktemp("honest")
     small = ["model=skip_lstm", "model.hidden_size=6", "training.epochs=1", "training.batch_size=256", "device=cpu"]
-    run = config.read(compose([*small, "threads=1", f"output={folder}"]))
+    run = command_line.read(compose([*small, "threads=1", f"output={folder}"]))
     trained(run)
     return RunFolder(run).best, release.export(RunFolder(run), folder)
 
@@ -120,14 +120,14 @@ def test_what_it_names_is_not_called(forged, tmp_path):
 def test_no_url_and_no_place_outside_the_data_folder_is_followed(forged, data, value, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     key = {"imdb": "vectors", "ucf101": "store"}[data]
-    settings = config.read(compose([f"data={data}", f"profile={data}/smoke"])).data | {key: value}
+    settings = command_line.read(compose([f"data={data}", f"profile={data}/smoke"])).data | {key: value}
     said = refused(forged(put("data", settings)), f"data_root={tmp_path / 'data'}")
     assert f"data.{key}={value!r} is no place in the data folder" in said
     assert "hunter2" not in said
 
 
 def test_text_without_an_embedding_is_refused_before_any_text_is_read(forged, tmp_path):
-    settings = config.read(compose(["data=imdb", "profile=imdb/smoke"])).data | {"vocabulary_size": 2**24}
+    settings = command_line.read(compose(["data=imdb", "profile=imdb/smoke"])).data | {"vocabulary_size": 2**24}
     said = refused(forged(put("data", settings)), f"data_root={tmp_path / 'data'}")
     assert "is damaged: it holds None words and says 16777216" in said
     assert not (tmp_path / "data").exists()
@@ -361,6 +361,7 @@ def test_token_files_are_checked(tmp_path, spoiled):
     data = IMDb(length=2, vocabulary_size=9, reviews_per_class=1, root=str(tmp_path))
     data.tokens_file.parent.mkdir()
     sound = {"tokens": np.array([1, 2, 8], np.int32), "ends": np.array([1, 1, 2, 3]), "labels": np.array([0, 1, 0, 1])}
+    sound["words"] = np.frombuffer(b"[PAD]\n[UNK]", np.uint8)
     np.savez(data.tokens_file, **sound)
     assert len(data.read()["test"].targets) == 2
     np.savez(data.tokens_file, **sound | spoiled)
@@ -389,7 +390,7 @@ def test_a_data_set_of_ones_own_is_known_by_its_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"no conf/data/\*.yaml has the _target_ mine.Mine"):
-        make_data(config.read(own))
+        make_data(command_line.read(own))
     (tmp_path / "conf" / "data").mkdir(parents=True)
     (tmp_path / "conf" / "data" / "mine.yaml").write_text("name: mine\n_target_: mine.Mine\n")
-    assert type(make_data(config.read(own))).__name__ == "SequentialDigits"
+    assert type(make_data(command_line.read(own))).__name__ == "SequentialDigits"

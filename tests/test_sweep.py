@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from io import StringIO
+from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from subprocess import CompletedProcess
@@ -27,9 +28,11 @@ from test_runs import assert_same_outcome
 from skiprnn import sweep, tables, train
 from skiprnn.papers import experiments, plan
 from skiprnn.papers import sweep as one_sweep
-from skiprnn.training import cluster, config, job, workers
+from skiprnn.training import command_line, config, estimate, job, setup, workers
+from skiprnn.training.cluster import place, submissions
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder
+from skiprnn.training.module import SideBySide
 
 SWEEP = ["-m", "model=skip_lstm", "model.cost_per_sample=0,1e-5,1e-4,1e-3", "seed=0,1", *SMALL, "training.epochs=1"]
 
@@ -145,12 +148,6 @@ def test_hydras_own_sweeper_works(tmp_path):
     assert len(list(tmp_path.rglob("record.json"))) == 2
 
 
-@pytest.mark.parametrize("target", ["0", "1.5", "half"])
-def test_a_target_that_is_no_share(target):
-    with pytest.raises(ConfigError, match="target_updates"):
-        config.read_sweep(compose([f"target_updates={target}"]))
-
-
 def test_processes_share_one_display(tmp_path, monkeypatch):
     """A line for each run that a process has, with how far it is; none for those that wait or are over."""
     runs = [one.run for seed in range(4) for one in planned_runs(f"seed={seed}", f"output={tmp_path}")]
@@ -181,6 +178,17 @@ def test_processes_share_one_display(tmp_path, monkeypatch):
     assert not job.has_bar(), "the process that started this one draws it"
 
 
+@pytest.mark.parametrize(("batch_size", "seconds"), [(256, 5 * 10 + 2 * 1), (2048, 10 + 1)])
+def test_an_epoch_is_estimated_from_a_few_steps(batch_size, seconds, small_run, monkeypatch):
+    """Also where it has no more than one; a first step takes longer, and does not count."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock["now"])
+    for hook, took in (("training_step", 10.0), ("validation_step", 1.0)):
+        taken = chain([99.0], repeat(took))
+        monkeypatch.setattr(SideBySide, hook, lambda *_, taken=taken: clock.update(now=clock["now"] + next(taken)))
+    assert estimate.seconds_per_epoch(small_run(f"training.batch_size={batch_size}")) == seconds
+
+
 @pytest.mark.parametrize(("alone", "told"), [(1.0, True), (2.0, False)])
 def test_processes_are_suggested_where_they_are_faster(alone, told, tmp_path, monkeypatch, capsys):
     todo = [
@@ -192,18 +200,6 @@ def test_processes_are_suggested_where_they_are_faster(alone, told, tmp_path, mo
     said = capsys.readouterr().out
     assert ("hydra/launcher=processes threads=1, 2 at once, about 60 s: 2.0 times as fast" in said) == told
     assert torch.get_num_threads() == 1
-
-
-def test_experiment_needs_multirun(tmp_path):
-    done = command("experiment=digits", f"output={tmp_path}")
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: experiment=digits is many runs: add -m"
-
-
-def test_run_asked_for_twice(tmp_path):
-    done = command("-m", "seed=0,0", f"output={tmp_path}")
-    assert done.returncode == 1
-    assert "asks for the same run twice" in done.stderr
 
 
 ALL = [experiment for experiment in experiments.published() if experiment.name in ("adding", "frequency", "ucf101")]
@@ -511,7 +507,7 @@ def test_plan_reads_overrides_as_hydra_does(overrides):
         except (ConfigError, HydraException) as error:
             return type(error), str(error)
 
-    assert outcome(plan._Reader(compose)) == outcome(lambda given: config.read(compose(given)))
+    assert outcome(plan._Reader(compose)) == outcome(lambda given: command_line.read(compose(given)))
 
 
 def test_plan_composes_once_per_choice_of_groups(tmp_path):
@@ -539,7 +535,7 @@ def test_plan_is_kept_for_who_watches(tmp_path):
     assert [one.row.label for one in saved.planned] == [one.row.label for one in planned]
 
 
-def slurm(*overrides: str, max_jobs: int | None = None) -> cluster.Cluster:
+def slurm(*overrides: str, max_jobs: int | None = None) -> place.Cluster:
     """What hydra/launcher=slurm makes of settings."""
     with_hydra = compose(["hydra/launcher=slurm", "output=runs", *overrides], return_hydra_config=True)
     return hydra.utils.instantiate(with_hydra.hydra.launcher).place(Path("runs"), max_jobs)
@@ -556,8 +552,9 @@ def no_slurm(tmp_path, monkeypatch):
 
 
 def test_slurm_jobs_have_a_gpu_each_and_are_requeued(no_slurm):
-    place = slurm("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long")
-    executor = place.executor(no_slurm, "python")
+    executor = slurm("hydra.launcher.timeout_min=30", "+hydra.launcher.slurm_partition=long").executor(
+        no_slurm, "python"
+    )
     script = executor._executor._make_submission_file_text("command", "id")
     flags = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {"gpus-per-node=1", "requeue", "signal=USR2@120", "time=30", "partition=long", "open-mode=append"} <= flags
@@ -580,12 +577,12 @@ def test_settings_that_cannot_work(settings, message, no_slurm):
 
 
 def test_how_a_job_ended_is_known_after_the_queue_has_forgotten_it(no_slurm):
-    one = cluster.Waiting(cluster.Submitted("7_0", "slurm", no_slurm, [[]]), {}, 0)
+    one = place.Waiting(submissions.Submitted("7_0", "slurm", no_slurm, [[]]), {}, 0)
     assert [one.is_over(state) for state in ("RUNNING", "CANCELLED", "GONE")] == [False, False, True]
     assert one.state == "CANCELLED"
-    assert cluster.last_state(one.job) == "CANCELLED", "it never began"
+    assert submissions.last_state(one.job) == "CANCELLED", "it never began"
     (no_slurm / "7_0_0_log.out").touch()
-    assert cluster.last_state(one.job) == "GONE"
+    assert submissions.last_state(one.job) == "GONE"
 
 
 def test_slurm_launcher_without_slurm(tmp_path, monkeypatch):
@@ -606,7 +603,7 @@ def test_processes_take_turns_over_the_gpus(monkeypatch):
     devices = []
     for name in ("MainProcess", "LokyProcess-1", "LokyProcess-2", "LokyProcess-3"):
         monkeypatch.setattr(multiprocessing.current_process(), "name", name)
-        devices.append(str(job.device_of(planned.run)))
+        devices.append(str(setup.device_of(planned.run)))
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 

@@ -19,10 +19,10 @@ from skiprnn.data.ucf101 import cnn_flops
 from skiprnn.papers import experiments, plan, records, statistics, table
 from skiprnn.papers.experiments import Experiment, Row
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.training import config
+from skiprnn.training import command_line
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import DivergedError
-from skiprnn.training.job import make_data
+from skiprnn.training.setup import make_data
 
 
 def moved(planned: Sequence[PlannedRun], output: Path) -> list[PlannedRun]:
@@ -273,7 +273,7 @@ def test_a_task_is_solved_if_it_is_in_all_runs(tmp_path):
 )
 def test_the_criterion_is_the_papers(data, solved_at):
     """A hundredth of the variance 1/6 of a sum of two values that are uniform on a unit interval; over 99 %."""
-    run = config.read(compose([f"data={data}"]))
+    run = command_line.read(compose([f"data={data}"]))
     assert make_data(run).solved_at == pytest.approx(solved_at)
 
 

@@ -11,8 +11,8 @@ from conftest import SMALL, compose, trained
 from PIL import Image
 
 from skiprnn.training import wandb_page as watch
+from skiprnn.training.command_line import read as config_of
 from skiprnn.training.config import ConfigError
-from skiprnn.training.config import read as config_of
 from skiprnn.training.folder import RunFolder
 from skiprnn.training.keeper import RunKeeper
 from skiprnn.views.samples import picture

@@ -15,6 +15,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -274,21 +275,18 @@ def fetch(root: Path, *files: Source, advice: str = "connect to the internet") -
             verify(path, file, f"delete {path} to fetch it again")
             return path
     mirror = os.environ.get(MIRROR)
-    candidates: list[tuple[Source, str | None]] = [(file, None) for file in files] if mirror else []
-    candidates += [(file, url) for file in files for url in file.urls]
+    places = [(file, _below(mirror, file.name)) for file in files] if mirror else []
+    places += [(file, url) for file in files for url in file.urls]
     failures = []
-    for file, official in candidates:
-        path, url = root / file.name, official or str(mirror)
+    for file, url in places:
+        path = root / file.name
         try:
-            url = official or _below(str(mirror), file.name)
             with urllib.request.urlopen(url, timeout=TIMEOUT) as source, replacing(path) as temporary:
                 with temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
                 verify(temporary, file, f"it came from {url}: try again, or set {MIRROR} to a good copy")
             return path
-        except DataError:
-            raise
-        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:  # the last two: it is no URL
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last: it is no URL
             failures.append(f"{url}: {error}")
     name = files[0].name
     raise DataError(
@@ -301,19 +299,22 @@ def read_npz(path: Path, *names: str) -> list[np.ndarray]:
     """Arrays of an .npz file. Room is made for what a header says: so it is compared with the file's size before.
 
     Raises:
-        ValueError, OSError, KeyError, zipfile.BadZipFile, zlib.error: it is damaged, or holds something else.
+        ValueError: it is damaged, holds something else, or is not there.
     """
-    most = path.stat().st_size * PACKED
-    with zipfile.ZipFile(path) as archive:
-        for name in names:
-            with archive.open(f"{name}.npy") as content:
-                version = npy.read_magic(content)
-                header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, _, dtype = header(content)
-                if dtype.hasobject or math.prod(shape) * dtype.itemsize > most:
-                    raise ValueError(f"{name} says it has shape {shape} of {dtype}, more than the file can hold")
-    with np.load(path) as stored:
-        return [stored[name] for name in names]
+    try:
+        most = path.stat().st_size * PACKED
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                with archive.open(f"{name}.npy") as content:
+                    version = npy.read_magic(content)
+                    header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                    shape, _, dtype = header(content)
+                    if dtype.hasobject or math.prod(shape) * dtype.itemsize > most:
+                        raise ValueError(f"{name} says it has shape {shape} of {dtype}, more than the file can hold")
+        with np.load(path) as stored:
+            return [stored[name] for name in names]
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(str(error)) from error
 
 
 def verify(path: Path, file: Source, remedy: str) -> None:
@@ -363,5 +364,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _below(mirror: str, name: str) -> str:
     """The URL of a file below a mirror that is given as a folder or as a URL."""
-    base = mirror if "://" in mirror else Path(mirror).expanduser().resolve().as_uri()
+    folder = Path(os.path.expanduser(mirror))  # noqa: PTH111  (pathlib's raises where there is no such user)
+    base = mirror if "://" in mirror else folder.absolute().as_uri()
     return f"{base.rstrip('/')}/{urllib.parse.quote(name)}"

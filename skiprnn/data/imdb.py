@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import tarfile
-import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -36,8 +35,6 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]"]
 TOKEN = r"\w+(?:'\w+)*|[^\w\s]"  # a word with its apostrophes, or a punctuation mark
 INITIAL_RANGE = 0.25  # of the embedding of a word without a vector
 
-DAMAGES = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, zlib.error)  # of an .npz
-
 log = logging.getLogger(__name__)
 
 
@@ -57,9 +54,8 @@ class IMDb(StoredData):
         padding: the side that is padded, "left" or "right".
         mask_padding: give the lengths, so that the model stops at the padding; otherwise padded steps count like all
             others, as in the paper. Needs padding on the right.
-        vectors: a file below root, or its full path, in word2vec's format (binary if its name contains .bin, else text,
-            either may end in .gz) that
-            `embeddings` starts from.
+        vectors: a file below root, or its full path, that `embeddings` starts from; in word2vec's format (binary if its
+            name contains .bin, else text; either may end in .gz).
         reviews_per_class: what each of the four folders must hold; anything else is refused as incomplete.
         batch_size, seed, root, drop_last: see SequenceData.
 
@@ -186,7 +182,7 @@ class IMDb(StoredData):
         return text.lower() if self.lowercase else text
 
     def read(self) -> dict[str, Split]:
-        tokens, ends, labels = self._stored()
+        tokens, ends, labels, _ = self._stored()
         inputs = np.full((len(ends), self.steps), PADDING, dtype=np.int64)
         lengths = np.empty(len(ends), dtype=np.int64)
         for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -201,33 +197,30 @@ class IMDb(StoredData):
             for name, x, y, valid in zip(self.examples, *columns, strict=True)
         }
 
-    def _stored(self) -> list[np.ndarray]:
-        """Tokens (tokens,), ends and labels (reviews,), checked.
+    def _stored(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Tokens (tokens,), ends and labels (reviews,), and the words, checked.
 
         Raises:
             DataError: the file is damaged, or holds something else.
         """
         try:
-            tokens, ends, labels = read_npz(self.tokens_file, "tokens", "ends", "labels")
+            tokens, ends, labels, text = read_npz(self.tokens_file, "tokens", "ends", "labels", "words")
+            words = text.tobytes().decode().split("\n")
             reviews = sum(self.examples.values())
             whole = (ends[0] >= 0) & (ends[-1] == len(tokens)) & (np.diff(ends) >= 0).all()
             known = (tokens >= 0).all() & (tokens < self.vocabulary_size).all() & np.isin(labels, (0, 1)).all()
             if not (whole and known and ends.shape == labels.shape == (reviews,)):
                 raise ValueError(f"it should hold {reviews} reviews of token ids below {self.vocabulary_size}")
-        except DAMAGES as error:
+            if len(words) > self.vocabulary_size:
+                raise ValueError(f"it holds {len(words)} words")
+        except (ValueError, IndexError, TypeError) as error:
             raise DataError(f"{self.tokens_file} is damaged ({error}); delete it to make it again") from None
-        return [tokens, ends, labels]
+        return tokens, ends, labels, words
 
     def words(self) -> list[str]:
         """The vocabulary: the word of every token id, the special ones first."""
         self.prepare()
-        try:
-            words = read_npz(self.tokens_file, "words")[0].tobytes().decode().split("\n")
-            if len(words) > self.vocabulary_size:
-                raise ValueError(f"it holds {len(words)} words")
-        except DAMAGES as error:
-            raise DataError(f"{self.tokens_file} is damaged ({error}); delete it to make it again") from None
-        return words
+        return self._stored()[3]
 
     def embeddings(self, width: int = 300) -> Tensor:
         """Where the embedding starts: (vocabulary_size, width) float32.
@@ -323,7 +316,7 @@ def is_complete(tokens_file: Path) -> bool:
     try:
         labels, ends = read_npz(tokens_file, "labels", "ends")
         return labels.shape == ends.shape
-    except DAMAGES:
+    except ValueError:
         return False
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skiprnn.papers.experiments import METRICS, Experiment, Row, load
-from skiprnn.training import config as configs
+from skiprnn.training import command_line
 from skiprnn.training.config import ConfigError, RunConfig, fits, packaged
 from skiprnn.training.folder import RunFolder, write_atomically
 from skiprnn.training.measures import SCORES
@@ -46,7 +46,6 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment, list[PlannedRun], P
     import hydra
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     overrides = [argument for argument in arguments if not argument.startswith(("publish=", "hydra/", "hydra."))]
     folders = [Path(argument.removeprefix("publish=")) for argument in arguments if argument.startswith("publish=")]
@@ -54,17 +53,13 @@ def requested(arguments: Sequence[str]) -> tuple[Experiment, list[PlannedRun], P
     def compose(given: Sequence[str]) -> "DictConfig":
         return hydra.compose("config", list(given), return_hydra_config=True)
 
-    try:
+    with command_line.refusals(arguments):
         grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
         with hydra.initialize_config_dir(str(packaged("conf")), version_base="1.3"):
             name = compose(grid[0] if grid else [])["experiment"]
             experiment = load(name) if name else None
             planned = runs(experiment, grid, compose)
             return experiment or plain(" ".join(overrides)), planned, folders[-1] if folders else None
-    except (HydraException, ValueError) as error:
-        if isinstance(error, ConfigError) or not (isinstance(error, HydraException) or configs.is_of_hydra(error)):
-            raise
-        raise ConfigError(configs.in_one_line(error, arguments)) from None
 
 
 def runs(
@@ -86,8 +81,8 @@ def runs(
     rows: dict[str, list[PlannedRun]] = {}  # the runs of a row side by side
     read = _Reader(compose)
     if not experiment:
-        configs.require_experiment([one for combination in grid for one in combination])
-    numbers = configs.read_sweep(compose(list(grid[0]))).rows if grid else None
+        command_line.require_experiment([one for combination in grid for one in combination])
+    numbers = command_line.read_sweep(compose(list(grid[0]))).rows if grid else None
     occurrences = Counter(override for combination in grid for override in set(combination))
     for row in selected(experiment, numbers) if experiment else [Row("")]:
         for combination in grid:
@@ -123,7 +118,7 @@ class _Reader:
 
         self.compose, self.parser = compose, OverridesParser.create()
         self.composed = cache(lambda groups: compose(list(groups)))
-        self.base = cache(lambda groups: configs.read(self.composed(groups)))
+        self.base = cache(lambda groups: command_line.read(self.composed(groups)))
         self.but_for_seed = cache(self._but_for_seed)
 
     def __call__(self, overrides: Sequence[str]) -> RunConfig:
@@ -133,7 +128,7 @@ class _Reader:
 
     def seeds(self, overrides: Sequence[str]) -> list[int]:
         """The profile's."""
-        return configs.read_sweep(self.composed(self._groups(overrides))).seeds
+        return command_line.read_sweep(self.composed(self._groups(overrides))).seeds
 
     def _groups(self, overrides: Sequence[str]) -> tuple[str, ...]:
         return tuple(override for override in overrides if not self.VALUE.fullmatch(override))
@@ -154,7 +149,7 @@ class _Reader:
                 changed: dict[str, Any] = {group: OmegaConf.to_object(section)}
                 run = replace(run, **changed)
         except (OmegaConfBaseException, ConfigError):
-            return configs.read(self.compose(list(overrides)))
+            return command_line.read(self.compose(list(overrides)))
         return run
 
 

@@ -17,11 +17,11 @@ from rich.table import Table
 from skiprnn.papers import experiments, plan, table
 from skiprnn.papers.experiments import Experiment
 from skiprnn.papers.plan import PlannedRun
-from skiprnn.training import job
+from skiprnn.training import job, setup
 from skiprnn.training.config import ConfigError, RunConfig, packaged
 from skiprnn.training.estimate import seconds_per_epoch
-from skiprnn.training.folder import duration
 from skiprnn.training.job import Draw
+from skiprnn.training.timing import duration
 from skiprnn.training.workers import Place, packed
 
 ROWS_TOLD = 40  # more of them are summed up by data set and model
@@ -96,7 +96,7 @@ def prepare(todo: Sequence[PlannedRun]) -> None:
     internet."""
     for run in {repr((one.run.data, one.run.data_root)): one.run for one in todo}.values():
         job.loggers_of(run)
-        job.make_data(run).prepare()
+        setup.make_data(run).prepare()
 
 
 def kind_of(one: PlannedRun) -> str:

@@ -1,37 +1,46 @@
-"""How long an epoch will take."""
+"""How long a step and an epoch will take, from a few of them on real batches, at the initial weights."""
 
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Sequence
+from itertools import cycle, islice
 
-import torch
-
-from skiprnn.data.base import Batch, Batches
+from skiprnn.data.base import Batches
 from skiprnn.training.config import RunConfig
-from skiprnn.training.job import make_module
-from skiprnn.training.module import SideBySide
+from skiprnn.training.module import SequenceModule, SideBySide
+from skiprnn.training.setup import make_module
+
+WARM_UP = {"cuda": 2}  # steps that do not count: there the second one records a graph; elsewhere one
 
 
-def seconds_per_epoch(run: RunConfig, batches: int = 2) -> float:
-    """An estimate from a short measurement: training and validation steps on real batches, at the initial weights."""
-    runs = SideBySide([make_module(run)])
-    (module,) = runs.runs
-    module.begin("validation")
-    module.begin("train", 0)
+def batches_of(module: SequenceModule, stage: str) -> Batches:
+    return module.data.training_batches(0) if stage == "train" else module.data.evaluation_batches(stage)
 
-    def timed(loader: Batches, limit: int | None, stage: str, step: Callable[[list[Batch]], object]) -> float:
-        """Seconds for an epoch's pass over the loader."""
-        loaded: Iterator[Batch] = islice(iter(loader), batches + 1)
-        step([next(loaded)])  # warm-up
-        start, done = time.perf_counter(), 0
-        for batch in loaded:
-            step([batch])
-            module.sums[stage].sums.tolist()  # waits for the device
-            done += 1
-        return (time.perf_counter() - start) / max(done, 1) * min(len(loader), limit or len(loader))
 
-    limits = run.training
-    seconds = timed(module.data.training_batches(0), limits.train_batches, "train", runs.training_step)
-    with torch.no_grad():
-        loader = module.data.evaluation_batches("validation")
-        return seconds + timed(loader, limits.evaluation_batches, "validation", runs.validation_step)
+def seconds_per_step(runs: Sequence[SequenceModule], stage: str, steps: int) -> float:
+    """Of runs side by side, to train or to validate them, its batches made as well; the mean of some steps."""
+    together = SideBySide(runs)
+    step = together.training_step if stage == "train" else together.validation_step
+    for run in runs:
+        run.begin(stage, 0 if stage == "train" else None)
+    batches = zip(*(cycle(batches_of(run, stage)) for run in runs), strict=True)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        for some in islice(batches, count):
+            step(some)
+        runs[-1].sums[stage].sums.tolist()  # waits for the device
+        return time.perf_counter() - start
+
+    seconds(WARM_UP.get(runs[0].device.type, 1))
+    return seconds(steps) / steps
+
+
+def seconds_per_epoch(*runs: RunConfig, steps: int = 2) -> float:
+    """Of runs side by side: training and validation."""
+    modules, training = [make_module(run) for run in runs], runs[0].training
+    limits = {"train": training.train_batches, "validation": training.evaluation_batches}
+    counts = {stage: len(batches_of(modules[0], stage)) for stage in limits}
+    return sum(
+        seconds_per_step(modules, stage, steps) * min(counts[stage], limit or counts[stage])
+        for stage, limit in limits.items()
+    )

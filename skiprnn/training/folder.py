@@ -105,16 +105,20 @@ class RunFolder:
         """Whether the run ended because its loss did: it is done, and has not learned."""
         return (self.failure or "").startswith(f"{DivergedError.__name__}:")
 
-    def state(self, locked: Collection[int]) -> str:
-        """complete, running (a process of this machine has it locked), failed, stopped (begun, that is) or waiting.
+    def is_held(self, locked: Collection[int]) -> bool:
+        """Whether a process of this machine is training the run.
 
         Args:
             locked: what locked_files gave.
         """
+        lock = self.path / ".lock"
+        return lock.exists() and lock.stat().st_ino in locked
+
+    def state(self, locked: Collection[int]) -> str:
+        """complete, running (see is_held), failed, stopped (begun, that is) or waiting."""
         if self.complete:
             return "complete"
-        lock = self.path / ".lock"
-        if lock.exists() and lock.stat().st_ino in locked:
+        if self.is_held(locked):
             return "running"
         if self.failure:
             return "failed"
@@ -369,11 +373,3 @@ def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: Path
     except (RuntimeError, TypeError, AttributeError) as error:
         differences = " ".join(str(error).split("\n\t")[1:]) or str(error)
         raise ConfigError(f"checkpoint {path} is of another architecture: {differences.strip()}") from None
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 48 s, 12 min, 3.5 h, 2.1 days."""
-    for unit, size, digits in (("days", 172800, 1), ("h", 5400, 1), ("min", 90, 0)):
-        if seconds >= size:
-            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"

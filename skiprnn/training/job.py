@@ -1,35 +1,25 @@
-"""What trains runs: the device, the data, the trainer; from the run folders to the records.
-
-The only place that instantiates what a config names.
-"""
+"""What trains runs: loggers, trainer, resumption; from the run folders to the records."""
 
 import inspect
 import logging
 import multiprocessing
-import os
-import re
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import pytorch_lightning as lightning
 import torch
-import yaml
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from skiprnn.data.base import DataError, GeneratedData, SequenceData
-from skiprnn.model.cells import CELLS
-from skiprnn.training import provenance, wandb_page
-from skiprnn.training.config import ConfigError, DivergedError, RunConfig, fits, packaged
-from skiprnn.training.folder import RunFolder, StorageError, load_weights, read_checkpoint
+from skiprnn.data.base import DataError
+from skiprnn.training import provenance, setup, wandb_page
+from skiprnn.training.config import ConfigError, DivergedError, RunConfig
+from skiprnn.training.folder import RunFolder, StorageError, load_weights
 from skiprnn.training.keeper import MetricsFile, RunKeeper
 from skiprnn.training.module import SequenceModule, SideBySide, evaluate
 
@@ -41,35 +31,6 @@ INTERRUPTED = "interrupted: the same command continues"
 Draw = Callable[[SequenceModule], Any]  # a matplotlib figure
 
 
-def device_of(run: RunConfig) -> torch.device:
-    """The device that `device` stands for.
-
-    Raises:
-        ConfigError: cuda without a GPU; or SLURM gave one, and torch does not see it: no weeks on a CPU then.
-    """
-    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
-    if given and run.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"{socket.gethostname()}: the job has a GPU and torch {torch.__version__} sees none; "
-            "hydra.launcher.gpus_per_node=0 trains on CPUs"
-        )
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
-    if run.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    worker = re.search(r"\d+$", multiprocessing.current_process().name)  # a sweep's processes take turns over the GPUs
-    return torch.device("cuda", int(worker[0]) % torch.cuda.device_count() if worker else 0)
-
-
-def prepare_process(run: RunConfig) -> None:
-    """Threads, and numbers too small to be normal as 0: over hundreds of steps gradients fade into them, and they are
-    slow beyond measure on a CPU."""
-    provenance.code_version()  # asked before the run, not after it
-    torch.set_flush_denormal(True)
-    if threads := run.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
-        torch.set_num_threads(threads)
-
-
 def quieten() -> None:
     """Lightning's remarks on its own set-up say nothing to our users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -77,121 +38,6 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", remark)  # which point at no module of theirs
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # the first step
-
-
-def data_class(run: RunConfig) -> type[SequenceData]:
-    """The class of a run's data set: one that conf/data/*.yaml names, the package's or that beside the command.
-
-    What a checkpoint or a record says is no reason to import anything.
-
-    Raises:
-        ConfigError: none of them names it, or it is not there.
-    """
-    target = run.data.get("_target_")
-    files = [file for folder in (packaged("conf"), Path("conf")) for file in folder.glob("data/*.yaml")]
-    if target not in ((yaml.safe_load(file.read_text()) or {}).get("_target_") for file in files):
-        raise ConfigError(f"data={run.data['name']}: no conf/data/*.yaml has the _target_ {target}")
-    try:
-        return resolve_name(str(target))
-    except Exception as error:  # whatever a user's own file does when it is imported
-        raise ConfigError(f"data={run.data['name']}: {str(error).splitlines()[0]}") from None
-
-
-def make_data(run: RunConfig) -> SequenceData:
-    """The data set of a run, not yet loaded.
-
-    Raises:
-        ConfigError: an argument that the data class does not have, or that cannot work.
-    """
-    arguments = {key: value for key, value in run.data.items() if key not in ("_target_", "name")}
-    for name, instead in (("batch_size", "training.batch_size"), ("seed", "seed"), ("root", "data_root")):
-        if name in arguments:
-            raise ConfigError(f"data.{name}={arguments[name]}: the setting is {instead}")
-    kind = data_class(run)
-    known = inspect.signature(kind).parameters
-    try:
-        for name, value in arguments.items():
-            if name in known and not fits(value, known[name].annotation):
-                wanted = getattr(known[name].annotation, "__name__", known[name].annotation)
-                raise ConfigError(f"data.{name}={value}: must be {wanted}")
-        return kind(**arguments, batch_size=run.training.batch_size, seed=run.seed, root=run.data_root)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"data={run.data['name']}: {error}") from None
-
-
-def require_memory(run: RunConfig, data: SequenceData, device: torch.device) -> None:
-    """Raises ConfigError where there is less memory than the weights need, with gradients and Adam's two moments, or
-    than the sets that a generated data set draws beforehand; all float32."""
-    model, gates = run.model, len(CELLS[run.model.cell].gates)
-    words = data.vocabulary_size or 0
-    inputs = (model.embedding_size if words else data.input_size) + (2 * model.num_layers - 1) * model.hidden_size
-    weights = 4 * 4 * (gates * model.hidden_size * inputs + words * model.embedding_size)
-    drawn = sum(data.examples[split] for split in ("validation", "test")) if isinstance(data, GeneratedData) else 0
-    sets = 4 * drawn * data.steps * data.input_size
-    on_gpu = device.type == "cuda"
-    there = torch.cuda.mem_get_info(device)[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for needed, settings in (
-        (weights, f"model.hidden_size={model.hidden_size}, model.num_layers={model.num_layers}: the weights need"),
-        (sets, f"data={run.data['name']}: its validation and test batches need"),
-    ):
-        if needed > there:
-            raise ConfigError(f"{settings} {needed / 2**30:,.0f} GiB of memory; there are {there / 2**30:,.0f}")
-
-
-def make_module(run: RunConfig) -> SequenceModule:
-    """The run with its data, on its device.
-
-    Raises:
-        ConfigError: a batch larger than the data, or an engine that does not serve the model.
-        DataError: data that is missing.
-    """
-    device = device_of(run)
-    prepare_process(run)
-    data = make_data(run)
-    data.prepare()
-    require_memory(run, data, device)
-    data.load(device)
-    module = SequenceModule(run, data)
-    try:
-        data.training_batches(0)
-        _ = module.engine
-    except ValueError as error:
-        raise ConfigError(f"{run.row} on {run.data['name']}: {error}") from None
-    return module
-
-
-def load(path: Path, **place: Any) -> SequenceModule:
-    """The trained network of a checkpoint, in evaluation mode, with its data in memory.
-
-    Args:
-        path: a .ckpt or a published .safetensors.
-        place: data_root, device, engine, threads; as in a run's config.
-
-    Raises:
-        ConfigError, DataError: no such checkpoint, one of another architecture, or data that is missing.
-    """
-    checkpoint = read_checkpoint(path)
-    run = RunConfig.of(checkpoint["run"], **place)
-    root = Path(run.data_root).resolve()
-    for name, value in run.data.items():
-        if isinstance(value, str) and not (
-            value.isprintable() and "://" not in value and (root / value).resolve().is_relative_to(root)
-        ):
-            raise ConfigError(
-                f"checkpoint {path}: data.{name}={value!r} is no place in the data folder {run.data_root}; "
-                "give data_root=FOLDER that holds it"
-            )
-    embedding, words = checkpoint["state_dict"].get("network.embedding.weight"), run.data.get("vocabulary_size")
-    held = None if embedding is None else len(embedding)
-    if held != words:
-        raise ConfigError(f"checkpoint {path} is damaged: it holds {held} words and says {words}")
-    module = make_module(run)
-    load_weights(module, checkpoint, path)
-    if not all(parameter.isfinite().all() for parameter in module.parameters()):
-        raise ConfigError(f"checkpoint {path} holds weights that are nan or infinite: there is nothing to measure")
-    return module.eval()
 
 
 def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str, Any]]:
@@ -208,14 +54,14 @@ def train(runs: Sequence[RunConfig], draw: Draw | None = None) -> list[dict[str,
         KeyboardInterrupt: the user stopped it.
         A run that fails says why in its failed.json.
     """
-    device_of(runs[0])
+    setup.device_of(runs[0])
     loggers_of(runs[0])
     if any((run.data, run.training) != (runs[0].data, runs[0].training) for run in runs):
         raise ConfigError("runs side by side must agree in data and training")
     folders = [RunFolder(run) for run in runs]
     left = [folder for folder in folders if not folder.complete]
     # what cannot work is refused before anything is written
-    made = {folder.run.name: make_module(folder.run) for folder in left if not folder.path.exists()}
+    made = {folder.run.name: setup.make_module(folder.run) for folder in left if not folder.path.exists()}
     diverged = []
     with ExitStack() as locks:
         for folder in left:
@@ -249,18 +95,18 @@ def _advance(folders: Sequence[RunFolder], draw: Draw | None, made: dict[str, Se
     behind = [(f, c) for f, c, one in zip(folders, checkpoints, done, strict=True) if one == min(done)]
     epochs = folders[0].run.training.epochs
     until = min((epoch + (batches > 0) for epoch, batches in done if (epoch, batches) > min(done)), default=epochs)
-    modules, keepers = [], []
+    keepers: list[RunKeeper] = []
     callbacks: list[lightning.Callback] = []
     try:
         for folder, checkpoint in behind:
-            module, loggers = made.pop(folder.run.name, None) or make_module(folder.run), make_loggers(folder)
-            keeper = RunKeeper(folder, module, loggers, quiet=on_terminal(), pack=len(behind))
-            modules.append(module)
+            module = made.pop(folder.run.name, None) or setup.make_module(folder.run)
+            keeper = RunKeeper(folder, module, make_loggers(folder), quiet=on_terminal(), pack=len(behind))
             keepers.append(keeper)
-            callbacks += [wandb_page.UsagePictures(folder, module, loggers, draw)] if draw else []
+            callbacks += [wandb_page.UsagePictures(folder, module, keeper.loggers, draw)] if draw else []
             callbacks.append(keeper)
             if checkpoint:
-                restore(folder, checkpoint, module, keeper)
+                restore(keeper, checkpoint)
+        modules = [keeper.module for keeper in keepers]
         trainer = make_trainer(folders[0].run, modules[0].device, until, callbacks)
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.processed = progress.completed = min(done)[0]
@@ -285,19 +131,19 @@ def progress_of(checkpoint: dict[str, Any] | None) -> tuple[int, int]:
     return checkpoint["epoch"] + 1, checkpoint.get("within_epoch", {"batches": 0})["batches"]
 
 
-def restore(folder: RunFolder, checkpoint: dict[str, Any], module: SequenceModule, keeper: RunKeeper) -> None:
-    """Go on from the run's last checkpoint.
+def restore(keeper: RunKeeper, checkpoint: dict[str, Any]) -> None:
+    """Let its run go on from its last checkpoint.
 
     Raises:
         ConfigError: what it holds does not fit.
     """
-    load_weights(module, checkpoint, folder.last)
+    load_weights(keeper.module, checkpoint, keeper.folder.last)
     try:
         (state,) = checkpoint["optimizer_states"]
-        module.restore_optimiser(state)
+        keeper.module.restore_optimiser(state)
         keeper.restore(checkpoint["callbacks"][RunKeeper.__name__], checkpoint.get("within_epoch"))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"checkpoint {folder.last} is damaged ({error}); delete it to begin anew") from None
+        raise ConfigError(f"checkpoint {keeper.folder.last} is damaged ({error}); delete it to begin anew") from None
 
 
 def loggers_of(run: RunConfig) -> dict[str, Callable[..., Logger]]:

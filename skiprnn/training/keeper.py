@@ -11,8 +11,9 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from skiprnn.training import measures, provenance
-from skiprnn.training.folder import RunFolder, duration, read_metrics, write_atomically
+from skiprnn.training.folder import RunFolder, read_metrics, write_atomically
 from skiprnn.training.module import SequenceModule
+from skiprnn.training.timing import duration
 
 
 class MetricsFile(Logger):
@@ -105,10 +106,8 @@ class RunKeeper(lightning.Callback):
         seconds = time.perf_counter() - self.started
         examples = self.module.sums["train"].examples
         self.seconds += seconds
-        self.trained = {
-            "examples": self.trained["examples"] + examples,
-            "seconds": self.trained["seconds"] + self.train_seconds,
-        }
+        self.trained["examples"] += examples
+        self.trained["seconds"] += self.train_seconds
         row = {"epoch": epoch, "learning_rate": self.module.learning_rate}
         row |= {
             f"{stage}/{key}": value for stage in ("train", "validation") for key, value in self.final[stage].items()

@@ -6,6 +6,7 @@ Shapes: B batch, T steps, H hidden, N neurons, C outputs, R runs.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -104,28 +105,28 @@ class SequenceModule(nn.Module):
 
     def begin(self, stage: str, epoch: int | None = None) -> None:
         """Start a stage's sums and its random numbers; training begins an epoch, the other stages have none."""
-        if epoch is not None:
-            self.epoch = epoch
-            self.network.rnn.policy.set_epoch(epoch)
-            for group in self.adam.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(self.learning_rate)
-                else:
-                    group["lr"] = self.learning_rate
         if stage not in self.sums:
             self.sums[stage] = measures.EpochSums(self.data.task, self.device)
         self.sums[stage].clear()
         seed = stage_seed(self.run.seed, stage, epoch or 0)
         self.random_state = torch.Generator(self.device).manual_seed(seed).get_state()
         if epoch is not None:
-            self.batches = 0
+            self.epoch, self.batches = epoch, 0
+            self.network.rnn.policy.set_epoch(epoch)
+            for group in self.adam.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(self.learning_rate)
+                else:
+                    group["lr"] = self.learning_rate
             if self.begun:
-                begun = torch.cat([self.begun["sums"], torch.tensor([self.begun["examples"]])])
-                self.sums[stage].sums.copy_(begun)
-                self.batches = self.begun["batches"]
-                if len(self.begun["random_state"]) == len(self.random_state):  # else it is another device's
-                    self.random_state = self.begun["random_state"]
+                self._go_on_within(self.begun, stage)
                 self.begun = None
+
+    def _go_on_within(self, begun: dict[str, Any], stage: str) -> None:
+        self.batches = begun["batches"]
+        self.sums[stage].sums.copy_(torch.cat([begun["sums"], torch.tensor([begun["examples"]])]))
+        if len(begun["random_state"]) == len(self.random_state):  # else it is another device's
+            self.random_state = begun["random_state"]
 
     @contextmanager
     def randomness(self) -> Iterator[None]:
@@ -166,7 +167,7 @@ class SequenceModule(nn.Module):
             DivergedError: the loss is nan or infinite.
         """
         results = self.sums[stage].results()
-        if not torch.isfinite(torch.tensor(results["loss"])):
+        if not math.isfinite(results["loss"]):
             raise DivergedError(
                 f"seed {self.run.seed}: the {stage} loss became {results['loss']} in epoch {self.epoch}: lower "
                 "training.learning_rate, training.gradient_clip or, to stop before, training.epochs",
@@ -328,29 +329,22 @@ class SideBySide(lightning.LightningModule):
         return [run.adam for run in self.runs]
 
     def train_dataloader(self) -> Iterable:
-        return _SideBySide(self.runs, lambda run: run.data.training_batches(self.current_epoch), trained=True)
+        return self._together(lambda run: run.data.training_batches(self.current_epoch), trained=True)
 
     def val_dataloader(self) -> Iterable:
-        return _SideBySide(self.runs, lambda run: run.data.evaluation_batches("validation"))
+        return self._together(lambda run: run.data.evaluation_batches("validation"))
 
+    def _together(self, of: Callable[[SequenceModule], Batches], trained: bool = False) -> Batches:
+        """A batch of each run at a time, as a list; asked for anew in each epoch, when the first one is wanted.
 
-class _SideBySide:
-    """A batch of each run at a time; asked for anew in each epoch, when the first one is wanted.
+        Args:
+            trained: those that the epoch has trained before, as its runs count them, are there without content, for
+                Lightning counts them.
+        """
 
-    Args:
-        trained: those that the epoch has trained before, as its runs count them, are there without content, for
-            Lightning counts them.
-    """
+        def together() -> Iterator[Any]:
+            done = self.runs[0].batches if trained else 0
+            for index, batches in enumerate(zip(*map(of, self.runs), strict=True)):
+                yield list(batches) if index >= done else []
 
-    def __init__(
-        self, runs: Sequence[SequenceModule], batches: Callable[[SequenceModule], Batches], trained: bool = False
-    ):
-        self.runs, self.batches, self.trained = runs, batches, trained
-
-    def __len__(self) -> int:
-        return len(self.batches(self.runs[0]))
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        done = self.runs[0].batches if self.trained else 0
-        for index, batches in enumerate(zip(*map(self.batches, self.runs), strict=True)):
-            yield list(batches) if index >= done else []
+        return Batches(len(of(self.runs[0])), together)

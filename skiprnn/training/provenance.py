@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from skiprnn import __version__
 from skiprnn.model.engines import contact
+from skiprnn.training.config import PACKAGE
 
 SNAPSHOT = "snapshot.json"  # in a copy of this package outside its repository: the code_version that it is of
 RECORDED_PACKAGES = ("torch", "pytorch-lightning", "numpy")
@@ -28,20 +28,19 @@ def code_version() -> dict[str, Any] | None:
     """
     if told := os.environ.get("SKIPRNN_COMMIT"):
         return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
-    package = Path(__file__).parents[1]
-    if (file := package / SNAPSHOT).exists():
+    if (file := PACKAGE / SNAPSHOT).exists():
         return json.loads(file.read_text())
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package.parent), *arguments]
+        command = ["git", "-C", str(PACKAGE.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if not git("ls-files", "--", package.name):
+        if not git("ls-files", "--", PACKAGE.name):
             return None
         changed = git("status", "--porcelain", "--untracked-files=no")
         added = git(
-            "ls-files", "--others", "--exclude-standard", "--", package.name, "conf", "experiments", "hydra_plugins"
+            "ls-files", "--others", "--exclude-standard", "--", PACKAGE.name, "conf", "experiments", "hydra_plugins"
         )
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed or added)}
     except (OSError, subprocess.CalledProcessError):
@@ -59,15 +58,11 @@ def describe(device: torch.device, engine: str, pack: int = 1) -> dict[str, Any]
 
     On a GPU also what its engines were checked on, and the precision of their products.
     """
-    on_gpu = device.type == "cuda"
-    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return (
-        ({"checked": contact.place("cuda"), "products": precision} if on_gpu else {})
-        | {
-            "git": code_version(),
-            "versions": {"python": platform.python_version(), "skiprnn": __version__}
-            | {name: version(name) for name in RECORDED_PACKAGES},
-            "threads": torch.get_num_threads(),
-        }
-        | place(device, engine, pack)
-    )
+    checks: dict[str, Any] = {}
+    if device.type == "cuda":
+        precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+        checks = {"checked": contact.place("cuda"), "products": precision}
+    packages = {name: version(name) for name in RECORDED_PACKAGES}
+    versions = {"python": platform.python_version(), "skiprnn": __version__} | packages
+    here = {"git": code_version(), "versions": versions, "threads": torch.get_num_threads()}
+    return checks | here | place(device, engine, pack)

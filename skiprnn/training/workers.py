@@ -18,8 +18,9 @@ from rich.table import Table
 
 from skiprnn.training import job
 from skiprnn.training.config import ConfigError, DivergedError, RunConfig
-from skiprnn.training.folder import RunFolder, duration, locked_files, read_metrics
+from skiprnn.training.folder import RunFolder, locked_files, read_metrics
 from skiprnn.training.job import Draw
+from skiprnn.training.timing import duration
 
 MOST = 1024  # processes
 ATTEMPTS = 3  # launches that bring no run further, before it is given up
@@ -114,8 +115,7 @@ class Display:
         self.left = [one for one in self.left if not (one.record_file.exists() or one.failure_file.exists())]
         lines = Table.grid(padding=(0, 2))
         for folder in self.left:
-            lock = folder.path / ".lock"
-            if lock.exists() and lock.stat().st_ino in locked:
+            if folder.is_held(locked):
                 self._line(lines, folder)
         over = self.runs - len(self.left)
         passed = duration(time.monotonic() - self.began)

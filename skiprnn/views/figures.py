@@ -39,8 +39,8 @@ from skiprnn.papers.records import SECONDS, read_curves, steps_per_epoch, weight
 from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError, RunConfig
 from skiprnn.training.folder import RunFolder, write_atomically
-from skiprnn.training.job import load
 from skiprnn.training.module import SequenceModule
+from skiprnn.training.setup import load
 from skiprnn.views import samples as usage
 from skiprnn.views import style
 from skiprnn.views.curves import Curves, clock, spread

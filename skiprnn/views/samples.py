@@ -1,6 +1,6 @@
 """Pictures of what a trained network reads: test sequences with the used samples red and the skipped ones blue.
 
-Every function takes a module (skiprnn.training.job.load gives one) and returns a matplotlib figure, a paper's column
+Every function takes a module (skiprnn.training.setup.load gives one) and returns a matplotlib figure, a paper's column
 wide.
 Shapes: T steps, I input, H neurons of all layers, C outputs.
 """

@@ -11,7 +11,7 @@ Training then reads the store (store.py) by memory mapping, whatever its size.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,7 @@ class MappedClips:
     device: torch.device
 
     def to(self, device: torch.device | str) -> "MappedClips":
-        device = torch.device(device)
-        return MappedClips(self.features, self.clips, self.targets.to(device), self.steps, self.mask_padding, device)
+        return replace(self, targets=self.targets.to(device), device=torch.device(device))
 
     def take(self, rows: Tensor) -> Batch:
         clips = [self.clips[row] for row in rows.tolist()]

@@ -4,15 +4,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from skiprnn.data.base import DataError
 from skiprnn.data.ucf101.extract import convert, extract
 from skiprnn.data.ucf101.store import FeatureStore
 
 
+class Parser(argparse.ArgumentParser):
+    """Also of each command."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"error: {message}; see --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m skiprnn.data.ucf101", description="Make a UCF-101 feature store.")
+    parser = Parser(prog="python -m skiprnn.data.ucf101", description="Make a UCF-101 feature store.")
     commands = parser.add_subparsers(dest="command", required=True)
     parse = commands.add_parser("extract", help="decode videos and run a frozen network on their frames")
     parse.add_argument("--videos", type=Path, required=True, help="folder that holds CLASS/*.avi")
@@ -31,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--store", type=Path, required=True, help="folder of the feature store")
     parse.add_argument("--backbone", default="mobilenet_v2", help="the network that they are of (%(default)s)")
     parse.add_argument("--dtype", choices=["float16", "float32"], default="float16")
-    parser.error = parse.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore[method-assign]
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     broken: list[DataError] = []
