@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from skiprnn.model import engines
-from skiprnn.model.engines import batched, operator
-from skiprnn.model.engines.operator import Arriving, by_layers, problem_of, run_stacked
+from skiprnn.model.engines import batched, operator, runs
+from skiprnn.model.engines.operator import Arriving
+from skiprnn.model.engines.problems import by_layers, problem_of
 from skiprnn.model.policies import POLICIES
 
 
@@ -127,9 +128,9 @@ def test_a_graph_could_record_it(cell, policy):
     """On a GPU that is not there: no value is read back, no shape depends on one, nothing is copied from the host."""
     problems = []
 
-    def note(calls, weights):
-        problems.append(operator._stacked([problem_of("batched", *both) for both in zip(calls, weights, strict=True)]))
-        return run_stacked("batched", calls, weights)
+    def note(calls, layer):
+        problems.append(runs.stacked([problem_of("batched", call, layer) for call in calls]))
+        return runs._run("batched", calls, layer)
 
     def on_gpu(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
@@ -172,4 +173,4 @@ class _Noting(TorchDispatchMode):
 def test_the_product_over_all_steps_is_that_of_its_pieces(steps):
     rows, columns = torch.randn(2, steps, 3, 4, dtype=torch.float64), torch.randn(2, steps, 3, 5, dtype=torch.float64)
     expected = torch.einsum("rtbk,rtbx->rkx", rows, columns)
-    torch.testing.assert_close(operator.summed_product(rows, columns), expected)
+    torch.testing.assert_close(runs.summed_product(rows, columns), expected)

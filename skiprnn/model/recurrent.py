@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from skiprnn.model import engines, onnx, pretrained
 from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
-from skiprnn.model.engines.call import Call, Result
+from skiprnn.model.engines.call import Call, Result, valid
 from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy, accumulated_in, make_policy
 from skiprnn.model.state import attach, converted, each
 from skiprnn.model.stream import Stream
@@ -308,7 +308,7 @@ class Recurrent(nn.Module):
         updates = result.updates if result.updates.dim() == 3 else result.updates.unsqueeze(2)
         updates = _reversed(updates, call.lengths)
         if call.lengths is not None:
-            updates = updates.masked_fill(~_valid(updates, call.lengths), 0)
+            updates = updates.masked_fill(~valid(call.lengths, updates.shape[1]).unsqueeze(2), 0)
         return result._replace(output=_reversed(result.output, call.lengths), updates=updates.view_as(result.updates))
 
     def stream(self, state: Any = None, batch_size: int | None = None) -> Stream:
@@ -382,8 +382,9 @@ class Recurrent(nn.Module):
                     f"the weights of {type(part).__name__} are sharded: give fully_shard the whole network, whose "
                     "forward gathers them, and no part of it"
                 )
-        if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
-            x = x.masked_fill(~_valid(x, lengths), 0)
+        if lengths is not None:
+            lengths = lengths.to(x.device, torch.int64)
+            x = x.masked_fill(~valid(lengths, x.shape[1]).unsqueeze(2), 0)  # even nan counts for nothing there
         return x, lengths
 
     def unpack(self, state: Any, batch_size: int) -> list[tuple[list[State], Gate]]:
@@ -460,16 +461,11 @@ class Recurrent(nn.Module):
         return ", ".join([text, *given])
 
 
-def _valid(x: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T, 1): whether a step of x (B, T, ·) counts."""
-    return (torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
-
-
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (B, T, ·) with each sequence's valid steps from the last to the first; what follows them repeats the last."""
     if lengths is None:
         return x.flip(1)
-    order = lengths.to(x.device).unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
+    order = lengths.unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
     return x.take_along_dim(order.clamp(min=0).unsqueeze(2), 1)
 
 

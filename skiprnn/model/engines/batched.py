@@ -18,19 +18,10 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines.call import Call, Result, unknown
-from skiprnn.model.engines.operator import (
-    KERNELS,
-    WEIGHTS,
-    Arriving,
-    Gradients,
-    Kernels,
-    Outputs,
-    Problem,
-    by_layers,
-    run_stacked,
-    summed_product,
-)
+from skiprnn.model.engines import runs
+from skiprnn.model.engines.call import Call, Result, unknown, valid
+from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.runs import summed_product
 from skiprnn.model.policies import Policy
 
 
@@ -46,7 +37,7 @@ def run(call: Call) -> Result:
 
 def run_packed(calls: Sequence[Call]) -> list[Result]:
     """Several networks of one cell, policy and size on batches of one shape, at once."""
-    return by_layers(calls, lambda calls, weights: run_stacked("batched", calls, weights))
+    return runs.run_packed("batched", calls)
 
 
 class Layer(NamedTuple):
@@ -295,7 +286,7 @@ class _Loop:
         self.runs, self.batch, self.steps, self.inputs = problem.x.shape
         self.hidden, self.entries = problem.hidden, problem.entries
         self.below = [self.inputs, *self.hidden[:-1]]
-        self.count = problem.gates + (problem.policy == "selective")  # of blocks
+        self.count = problem.blocks
 
     def layers(self) -> list[Layer]:
         """The weights."""
@@ -361,17 +352,16 @@ class _Loop:
 
     def deciding(self) -> list[Deciding]:
         """Of every step."""
-        problem, valid = self.problem, None
+        problem, counting = self.problem, None
         draw = problem.draw if problem.draw is None or problem.by_neuron else problem.draw.unsqueeze(3)
         if problem.lengths is not None:
-            alive = torch.arange(self.steps, device=problem.x.device) < problem.lengths.unsqueeze(2)
-            valid = alive.unsqueeze(3)
+            counting = valid(problem.lengths, self.steps).unsqueeze(3)
         slope = w_p = b_p = None
         if problem.policy == "selective":
             slope = problem.policy_weights[3].view(-1, 1, 1)
         if problem.policy == "skip":
             w_p, b_p = problem.policy_weights[0].unsqueeze(1), problem.policy_weights[1].view(-1, 1, 1)
-        each = zip(_unbind(draw, 2, self.steps), _unbind(valid, 2, self.steps), strict=True)
+        each = zip(_unbind(draw, 2, self.steps), _unbind(counting, 2, self.steps), strict=True)
         return [Deciding(one, alive, slope, w_p, b_p) for one, alive in each]
 
     def gates(self, saved_gate: Tensor) -> list[Sequence[Tensor]]:
@@ -410,26 +400,17 @@ def _precision(x: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
-    """The outputs' shapes."""
-    loop, skip = _Loop(problem), problem.policy == "skip"
-    rows, top = tuple(problem.x.shape[:3]), loop.hidden[-1]
-    return [
-        (*rows, top),
-        (loop.runs, loop.batch * loop.entries * sum(loop.hidden)),
-        (loop.runs, 2, loop.batch) if skip else (0,),
-        (*rows, top) if problem.by_neuron else rows,
-        (loop.saved() if save else 0,),
-        (loop.runs, loop.steps, 3, loop.batch) if skip and save else (0,),
-        (0,),
-    ]
+def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """The layers' Steps, and Skip's gate."""
+    return runs.kept(problem, save, _Loop(problem).saved())
 
 
 def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
     x, loop = problem.x, _Loop(problem)
-    output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(size) for size in shapes(problem, save))
-    whole, last = loop.views(saved)
+    outputs = Outputs.empty(problem, save)
+    output, updates = outputs.output, outputs.updates
+    whole, last = loop.views(outputs.saved)
     for number, (layer, hidden) in enumerate(zip(whole, loop.hidden, strict=True)):
         layer.read[..., -1] = 1
         if number == 0:
@@ -440,7 +421,7 @@ def forward(problem: Problem, save: bool) -> Outputs:
     gate = [part.unsqueeze(2).expand(-1, loop.batch, 1).clone() for part in problem.gate]
     steps, layers = loop.steps_of(whole), loop.layers()
     places = [[one.before(hidden) for one, hidden in zip(now, loop.hidden, strict=True)] for now in steps[1:]]
-    kept_gates = loop.gates(saved_gate)
+    kept_gates = loop.gates(outputs.saved_gate)
     if problem.policy == "always" and problem.lengths is None:
         updates.fill_(1)
     decided, deciding = loop.decisions(updates).unbind(2), loop.deciding()
@@ -449,12 +430,11 @@ def forward(problem: Problem, save: bool) -> Outputs:
             after = places[t] if t < len(places) else final
             forward_step(problem.cell, problem.policy, layers, now, deciding[t], gate, after, kept_gates[t], decided[t])
     if gate:
-        last_gate.copy_(torch.cat(gate, 2).transpose(1, 2))
+        outputs.final_gate.copy_(torch.cat(gate, 2).transpose(1, 2))
     last.copy_(final[-1][-1])
     output[:, :, :-1] = whole[-1].read[:, 1:, :, : loop.hidden[-1]].transpose(1, 2)
     output[:, :, -1] = final[-1][0]
-    flat = torch.cat([entry.flatten(1) for entries in final for entry in entries], 1)
-    return Outputs(output, flat, last_gate, updates, saved, saved_gate, projected)
+    return outputs._replace(final=torch.cat([entry.flatten(1) for entries in final for entry in entries], 1))
 
 
 def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
@@ -464,10 +444,9 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     rows = loop.runs, loop.batch
     d_states = [[x.new_zeros(*rows, hidden) for _ in range(loop.entries)] for hidden in loop.hidden]
     if arriving.final is not None:
-        sizes = [loop.batch * hidden for hidden in loop.hidden for _ in range(loop.entries)]
         places = [place for entries in d_states for place in entries]
-        for place, given in zip(places, arriving.final.split(sizes, 1), strict=True):
-            place.copy_(given.view(place.shape))
+        for place, given in zip(places, problem.split(arriving.final), strict=True):
+            place.copy_(given)
     d_gate = [x.new_zeros(*rows, 1) for _ in problem.gate]
     if arriving.final_gate is not None:
         for place, given in zip(d_gate, arriving.final_gate.unbind(1), strict=False):
@@ -509,8 +488,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         d_x = x.new_empty(0)
         if needs_input:
             weight = torch.cat([part for part in layers[0] if part is not None], -1)
-            d_x = torch.bmm(d_blocks[0].flatten(1, 2), weight[:, loop.hidden[0] : -1].mT)
-            d_x = d_x.view(loop.runs, loop.steps, loop.batch, -1).transpose(1, 2)
+            d_x = runs.of_input(d_blocks[0], weight[:, loop.hidden[0] : -1].mT)
     found: list[Tensor] = [entry for entries in d_states for entry in entries]
     coordinator = x.new_empty(0)
     for product, hidden in zip(products, loop.hidden, strict=True):
@@ -527,8 +505,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     if coordinator.numel():
         of_h, of_x, bias = coordinator.split([loop.hidden[0], loop.inputs, 1], 1)
         found += [of_x.mT, of_h.diagonal(dim1=1, dim2=2), bias.squeeze(1), torch.zeros_like(problem.policy_weights[3])]
-    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in (d_x, *found)]
-    return Gradients.of(own, problem)
+    return Gradients.of([d_x, *found], problem)
 
 
 def _of_weights(loop: _Loop, step: Step, d_blocks: Tensor) -> Tensor:
@@ -540,4 +517,4 @@ def _of_weights(loop: _Loop, step: Step, d_blocks: Tensor) -> Tensor:
     return torch.cat([summed_product(step.read, first), summed_product(step.reset, second)], -1)
 
 
-KERNELS["batched"] = Kernels(shapes, forward, backward)
+KERNELS["batched"] = Kernels(kept, forward, backward)

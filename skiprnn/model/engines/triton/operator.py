@@ -10,17 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.model.engines.operator import (
-    KERNELS,
-    WEIGHTS,
-    Arriving,
-    Gradients,
-    Kernels,
-    Outputs,
-    Problem,
-    contiguous,
-    summed_product,
-)
+from skiprnn.model.engines import runs
+from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.runs import contiguous
 from skiprnn.model.engines.triton import parts, resident, streamed
 from skiprnn.model.engines.triton.launch import FEW_INPUTS, TILE, columns, fits_chip, operands, padded
 
@@ -32,7 +24,7 @@ class _Sizes:
         self.gates, self.entries, self.hidden = problem.gates, problem.entries, problem.hidden
         self.runs, self.batch, self.steps, self.inputs = problem.x.shape
         self.layers, self.width = len(self.hidden), padded(max(self.hidden))
-        self.columns = self.gates + (problem.policy == "selective")
+        self.columns = problem.blocks
         self.operands = operands(problem.x.dtype)
         self.resident = fits_chip(self.gates, self.layers, self.width, self.operands)
         self.options: dict[str, Any] = {
@@ -67,20 +59,9 @@ class _Sizes:
         return states[0].view(self.states), states[-1].view(self.states), pre.view(self.pre)
 
 
-def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
-    """The outputs' shapes."""
-    sizes = _Sizes(problem)
-    rows = problem.x.shape[:3]
-    skip = problem.policy == "skip"
-    return [
-        (*rows, sizes.hidden[-1]),
-        (sizes.runs, sizes.batch * sizes.entries * sum(sizes.hidden)),
-        (sizes.runs, 2, sizes.batch) if skip else (0,),
-        (*rows, sizes.hidden[-1]) if problem.by_neuron else tuple(rows),
-        (sizes.saved() if save else 0,),
-        (sizes.runs, sizes.steps, 3, sizes.batch) if skip and save else (0,),
-        (0,),
-    ]
+def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """The states and the pre-activations, and Skip's gate."""
+    return runs.kept(problem, save, _Sizes(problem).saved())
 
 
 def _recurrent_weights(sizes: _Sizes, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,12 +119,11 @@ def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weigh
 def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
     _, _, policy, x, states, weights, gate, policy_weights, draw, lengths = problem
-    sizes, expected = _Sizes(problem), shapes(problem, save)
-    output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(shape) for shape in expected)
+    sizes, outputs = _Sizes(problem), Outputs.empty(problem, save)
     laid_out = _weights(sizes, policy, weights, policy_weights)
     few = sizes.inputs <= FEW_INPUTS
     nothing = x.new_empty(0)
-    h, c, pre = sizes.split(saved) if save else (nothing, nothing, nothing if few else x.new_empty(sizes.pre))
+    h, c, pre = sizes.split(outputs.saved) if save else (nothing, nothing, nothing if few else x.new_empty(sizes.pre))
     if not few:
         rows = x.transpose(1, 2).reshape(sizes.runs, -1, sizes.inputs)
         product = torch.baddbmm(laid_out.bias[:, 0].flatten(1).unsqueeze(1), rows, laid_out.of_x.flatten(2))
@@ -156,9 +136,10 @@ def forward(problem: Problem, save: bool) -> Outputs:
     for entry, buffer in zip(range(sizes.entries), now, strict=False):
         _widened(states[entry :: sizes.entries], sizes, buffer[:, :, 0].zero_())
     if policy == "skip":
-        last_gate.copy_(torch.stack(list(gate), 1))
+        outputs.final_gate.copy_(torch.stack(list(gate), 1))
     inputs = parts.Inputs(x.contiguous(), contiguous(draw), contiguous(lengths))
-    arguments = inputs, laid_out, *now, last_gate, parts.Saved(pre, h, c, saved_gate), output, updates
+    saved = parts.Saved(pre, h, c, outputs.saved_gate)
+    arguments = inputs, laid_out, *now, outputs.final_gate, saved, outputs.output, outputs.updates
     options = {**sizes.options, "INPUTS": sizes.inputs if few else 0, "SAVE": save}
     if sizes.resident:
         resident.forward[sizes.grid](*arguments, sizes.batch, sizes.steps, **options)
@@ -172,21 +153,19 @@ def forward(problem: Problem, save: bool) -> Outputs:
         for layer, hidden in enumerate(sizes.hidden)
         for buffer in now[: sizes.entries]
     ]
-    return Outputs(output, torch.cat(final, 1), last_gate, updates, saved, saved_gate, projected)
+    return outputs._replace(final=torch.cat(final, 1))
 
 
 def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
     """skiprnn::recurrence_backward of R runs at once."""
     _, cell, policy, x, _, weights, _, policy_weights, _, lengths = problem
-    _, _, _, updates, saved, saved_gate, _ = outputs
     d_output, d_final, d_gate, d_updates = arriving
     sizes = _Sizes(problem)
-    h, c, pre = sizes.split(saved)
+    h, c, pre = sizes.split(outputs.saved)
     laid_out = _weights(sizes, policy, weights, policy_weights)
     d_h, d_c = x.new_zeros(2, sizes.runs, sizes.layers, sizes.batch, sizes.width)
     if d_final is not None:
-        lengths_of = [sizes.batch * hidden for hidden in sizes.hidden for _ in range(sizes.entries)]
-        given = [part.view(sizes.runs, sizes.batch, -1) for part in d_final.split(lengths_of, 1)]
+        given = problem.split(d_final)
         for entry, into in zip(range(sizes.entries), (d_h, d_c), strict=False):
             _widened(given[entry :: sizes.entries], sizes, into)
     d_pre = torch.empty_like(pre)
@@ -195,7 +174,8 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     d_last_gate = x.new_zeros(sizes.runs, 2, sizes.batch) if d_gate is None else d_gate.clone()
     d_logit = x.new_empty(sizes.runs, sizes.steps, sizes.batch) if skip else x.new_empty(0)
     gradients = parts.Gradients(contiguous(d_output), contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
-    arguments = contiguous(lengths), laid_out, parts.Saved(pre, h, c, saved_gate), updates, gradients, reset
+    kept_parts = parts.Saved(pre, h, c, outputs.saved_gate)
+    arguments = contiguous(lengths), laid_out, kept_parts, outputs.updates, gradients, reset
     if sizes.resident:
         resident.backward[sizes.grid](*arguments, sizes.batch, sizes.steps, **sizes.options)
     else:
@@ -217,11 +197,8 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         found += [d_input_policy, d_state, d_u.sum((1, 2)), torch.zeros_like(policy_weights[3])]
     d_x = x.new_empty(0)
     if needs_input:
-        of_x = laid_out.of_x.flatten(2)
-        d_x = torch.bmm(d_pre[:, 0].reshape(sizes.runs, -1, of_x.shape[2]), of_x.transpose(1, 2))
-        d_x = d_x.view(sizes.runs, sizes.steps, sizes.batch, -1).transpose(1, 2).contiguous()
-    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
-    return Gradients.of([d_x, *own], problem)
+        d_x = runs.of_input(d_pre[:, 0].flatten(3), laid_out.of_x.flatten(2).mT)
+    return Gradients.of([d_x, *found], problem)
 
 
 def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Tensor, reset: Tensor):
@@ -233,7 +210,7 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
 
         def times(rows: Tensor, first: int = 0, last: int = sizes.columns, d=d) -> Tensor:
             """The gradients of the gates first to last, times rows (R, T, B, K): (R, gates, W, K)."""
-            product = summed_product(d[..., first * sizes.width : last * sizes.width], rows)
+            product = runs.summed_product(d[..., first * sizes.width : last * sizes.width], rows)
             return product.view(sizes.runs, last - first, sizes.width, -1)
 
         before = h[:, layer, :-1]
@@ -254,4 +231,4 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
     return found, d_gate_input
 
 
-KERNELS["triton"] = Kernels(shapes, forward, backward)
+KERNELS["triton"] = Kernels(kept, forward, backward)
