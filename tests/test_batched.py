@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from skiprnn.model import engines
-from skiprnn.model.engines import batched, operator, runs
+from skiprnn.model.engines import operator, runs
 from skiprnn.model.engines.operator import Arriving
 from skiprnn.model.engines.problems import by_layers, problem_of
 from skiprnn.model.policies import POLICIES
@@ -136,6 +136,7 @@ def test_a_graph_could_record_it(cell, policy):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
     noted: list = []
+    kernels = operator.KERNELS["batched"]
     rnn, x = network(cell, policy, 1, 5, 2, "batched"), torch.ones(3, 7, 1)
     for lengths in (None, torch.ones(3, dtype=torch.int64)):
         by_layers([rnn.prepare(x, lengths=lengths)], note)
@@ -144,10 +145,10 @@ def test_a_graph_could_record_it(cell, policy):
             parts = tree_map_only(torch.Tensor, lambda one: on_gpu(one), tuple(found))
             problem = type(found)(*parts)
             with _Noting(noted):
-                outputs = batched.forward(problem, True)
+                outputs = kernels.forward(problem, True)
                 gate = outputs.final_gate if problem.gate else None
                 arriving = Arriving(outputs.output, outputs.final, gate, outputs.updates)
-                gradients = batched.backward(problem, outputs, arriving, True)
+                gradients = kernels.backward(problem, outputs, arriving, True)
             assert all(part.is_cuda for part in gradients.flat)
     assert len(problems) == (2 if policy == "skip" else 4)
     assert not noted
