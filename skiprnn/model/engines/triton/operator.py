@@ -64,54 +64,35 @@ def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     return runs.kept(problem, save, _Sizes(problem).saved())
 
 
-def _recurrent_weights(sizes: _Sizes, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight (R, L, G, W, W) and input_weight of the upper layers, [.., in, out], in the operands' type."""
-    shape = sizes.runs, sizes.layers, sizes.gates, sizes.width, sizes.width
-    weight = weights[0].new_zeros(shape, dtype=dtype)
-    below = weights[0].new_zeros((sizes.runs, max(sizes.layers - 1, 1), *shape[2:]), dtype=dtype)
-    for layer, hidden in enumerate(sizes.hidden):
-        of_input, of_state, _ = weights[WEIGHTS * layer : WEIGHTS * (layer + 1)]
-        blocks = of_state.view(sizes.runs, sizes.gates, hidden, hidden)
-        weight[:, layer, :, :hidden, :hidden] = blocks.transpose(2, 3)
-        if layer:
-            inputs = sizes.hidden[layer - 1]
-            blocks = of_input.view(sizes.runs, sizes.gates, hidden, inputs)
-            below[:, layer - 1, :, :inputs, :hidden] = blocks.transpose(2, 3)
-    return weight, below
-
-
-def _input_weights(sizes: _Sizes, policy: str, weights, policy_weights) -> tuple[Tensor, Tensor]:
-    """x_weight (R, I, X, W) of the first layer and bias (R, L, X, W) of all."""
-    first = sizes.hidden[0]
-    x_weight = weights[0].new_zeros(sizes.runs, sizes.inputs, sizes.columns, sizes.width)
-    bias = weights[0].new_zeros(sizes.runs, sizes.layers, sizes.columns, sizes.width)
-    blocks = weights[0].view(sizes.runs, sizes.gates, first, sizes.inputs)
-    x_weight[:, :, : sizes.gates, :first] = blocks.permute(0, 3, 1, 2)
-    for layer, hidden in enumerate(sizes.hidden):
-        blocks = weights[WEIGHTS * layer + 2].view(sizes.runs, sizes.gates, hidden)
-        bias[:, layer, : sizes.gates, :hidden] = blocks
-    if policy == "selective":
-        x_weight[:, :, sizes.gates, :first] = policy_weights[0].transpose(1, 2)
-        bias[:, 0, sizes.gates, :first] = policy_weights[2]
-    return x_weight, bias
-
-
-def _widened(tensors: Sequence[Tensor], sizes: _Sizes, into: Tensor) -> Tensor:
+def _widen(tensors: Sequence[Tensor], into: Tensor) -> None:
     """One tensor (R, B, H) per layer -> into (R, L, B, W)."""
     for layer, tensor in enumerate(tensors):
         into[:, layer, :, : tensor.shape[-1]] = tensor
-    return into
 
 
 def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weights:
     """All weights as the kernels read them."""
-    of_h, of_below = _recurrent_weights(sizes, weights, sizes.operands)
-    of_x, bias = _input_weights(sizes, policy, weights, policy_weights)
-    more = sizes.width - sizes.hidden[-1]
+    runs, layers, gates, columns, width = sizes.runs, sizes.layers, sizes.gates, sizes.columns, sizes.width
+    of_x = weights[0].new_zeros(runs, sizes.inputs, columns, width)
+    bias = weights[0].new_zeros(runs, layers, columns, width)
+    of_h = weights[0].new_zeros(runs, layers, gates, width, width, dtype=sizes.operands)
+    of_below = weights[0].new_zeros(runs, max(layers - 1, 1), gates, width, width, dtype=sizes.operands)
+    for layer, hidden in enumerate(sizes.hidden):
+        three = weights[WEIGHTS * layer : WEIGHTS * (layer + 1)]
+        by_input, by_state, by_gate = (weight.view(runs, gates, hidden, -1) for weight in three)
+        of_h[:, layer, :, :hidden, :hidden] = by_state.mT
+        bias[:, layer, :gates, :hidden] = by_gate.squeeze(3)
+        if layer:
+            of_below[:, layer - 1, :, : by_input.shape[3], :hidden] = by_input.mT
+        else:
+            of_x[:, :, :gates, :hidden] = by_input.permute(0, 3, 1, 2)
     w_p = b_p = w_u = slope = None
+    more = width - sizes.hidden[-1]
     if policy == "skip":
         w_p, b_p = torch.nn.functional.pad(policy_weights[0], (0, more)), policy_weights[1].contiguous()
     if policy == "selective":
+        of_x[:, :, gates, : sizes.hidden[0]] = policy_weights[0].mT
+        bias[:, 0, gates, : sizes.hidden[0]] = policy_weights[2]
         w_u, slope = torch.nn.functional.pad(policy_weights[1], (0, more)), policy_weights[3].contiguous()
     return parts.Weights(of_x, bias, of_h, of_below, w_p, b_p, w_u, slope)
 
@@ -134,7 +115,7 @@ def forward(problem: Problem, save: bool) -> Outputs:
         now = list(x.new_empty(2, sizes.runs, sizes.layers, slots, sizes.batch, sizes.width))
         last = sizes.steps % slots
     for entry, buffer in zip(range(sizes.entries), now, strict=False):
-        _widened(states[entry :: sizes.entries], sizes, buffer[:, :, 0].zero_())
+        _widen(states[entry :: sizes.entries], buffer[:, :, 0].zero_())
     if policy == "skip":
         outputs.final_gate.copy_(torch.stack(list(gate), 1))
     inputs = parts.Inputs(x.contiguous(), contiguous(draw), contiguous(lengths))
@@ -167,7 +148,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     if d_final is not None:
         given = problem.split(d_final)
         for entry, into in zip(range(sizes.entries), (d_h, d_c), strict=False):
-            _widened(given[entry :: sizes.entries], sizes, into)
+            _widen(given[entry :: sizes.entries], into)
     d_pre = torch.empty_like(pre)
     reset = x.new_empty(sizes.reset if cell == "gru" else 0)
     skip = policy == "skip"
@@ -203,32 +184,27 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
 
 def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Tensor, reset: Tensor):
     """Of weight_ih, weight_hh and bias of every layer, and of Selective's W_i: products over all steps and rows."""
-    found = []
-    d_gate_input = None
+    found, d_coordinator = [], None
     for layer, hidden in enumerate(sizes.hidden):
         d = d_pre[:, layer].flatten(3)  # (R, T, B, X * W)
 
-        def times(rows: Tensor, first: int = 0, last: int = sizes.columns, d=d) -> Tensor:
-            """The gradients of the gates first to last, times rows (R, T, B, K): (R, gates, W, K)."""
+        def times(rows: Tensor, first: int, last: int, d=d) -> Tensor:
+            """The gradients of the blocks first to last, times rows (R, T, B, K): (R, blocks, W, K)."""
             product = runs.summed_product(d[..., first * sizes.width : last * sizes.width], rows)
             return product.view(sizes.runs, last - first, sizes.width, -1)
 
-        before = h[:, layer, :-1]
         if cell == "gru":
-            d_state = torch.cat([times(before, 0, 2), times(reset[:, layer], 2, 3)], 1)
+            d_state = torch.cat([times(h[:, layer, :-1], 0, 2), times(reset[:, layer], 2, 3)], 1)
         else:
-            d_state = times(before, 0, sizes.gates)
+            d_state = times(h[:, layer, :-1], 0, sizes.gates)
         if layer:
             d_input = times(h[:, layer - 1, 1:], 0, sizes.gates)[..., : sizes.hidden[layer - 1]]
         else:
-            d_input = times(x.transpose(1, 2))
+            d_input = times(x.transpose(1, 2), 0, sizes.columns)
+            d_coordinator = d_input[:, -1, :hidden]
         d_bias = d.sum((1, 2)).view(sizes.runs, sizes.columns, sizes.width)
-        if sizes.columns > sizes.gates:
-            d_gate_input = d_input[:, sizes.gates, :hidden]
-        found.append(d_input[:, : sizes.gates, :hidden].reshape(sizes.runs, sizes.gates * hidden, -1))
-        found.append(d_state[:, :, :hidden, :hidden].reshape(sizes.runs, sizes.gates * hidden, hidden))
-        found.append(d_bias[:, : sizes.gates, :hidden].reshape(sizes.runs, -1))
-    return found, d_gate_input
+        found += [part[:, : sizes.gates, :hidden].flatten(1, 2) for part in (d_input, d_state[..., :hidden], d_bias)]
+    return found, d_coordinator
 
 
 KERNELS["triton"] = Kernels(kept, forward, backward)
