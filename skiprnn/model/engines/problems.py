@@ -7,7 +7,8 @@ from torch import Tensor
 
 from skiprnn.model.engines.call import Call, Result
 from skiprnn.model.engines.operator import Outputs, Problem
-from skiprnn.model.policies import Policy, RandomNeurons, Selective, Skip
+from skiprnn.model.engines.reference import masked
+from skiprnn.model.policies import Policy, Selective, Skip
 
 
 def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], int], list[Result]]) -> list[Result]:
@@ -18,24 +19,15 @@ def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], int], list[R
     if isinstance(calls[0].policy, Skip):
         return run(calls, 0)
     xs = [call.x for call in calls]
+    draws = [_draws(call) for call in calls]
     by_layer: list[list[Result]] = []
-    for layer, cell in enumerate(calls[0].cells):
-        below = sum(cell.hidden_size for cell in calls[0].cells[:layer])
+    for layer in range(len(calls[0].cells)):
         parts = [
-            call._replace(
-                cells=[call.cells[layer]],
-                x=x,
-                states=[call.states[layer]],
-                draw=call.draw[..., below : below + cell.hidden_size]
-                if isinstance(call.policy, RandomNeurons) and call.draw is not None
-                else call.draw,
-            )
-            for call, x in zip(calls, xs, strict=True)
+            call._replace(cells=[call.cells[layer]], x=x, states=[call.states[layer]], draw=draw[layer])
+            for call, x, draw in zip(calls, xs, draws, strict=True)
         ]
         by_layer.append(run(parts, layer))
-        xs = [result.output for result in by_layer[-1]]
-        if layer < len(calls[0].masks):
-            xs = [x * call.masks[layer] for x, call in zip(xs, calls, strict=True)]
+        xs = [masked(result.output, call.masks, layer) for result, call in zip(by_layer[-1], calls, strict=True)]
     return [
         Result(
             layers[-1].output,
@@ -47,6 +39,13 @@ def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], int], list[R
         )
         for call, layers in zip(calls, zip(*by_layer, strict=True), strict=True)
     ]
+
+
+def _draws(call: Call) -> Sequence[Tensor | None]:
+    """Each layer's part of the draw."""
+    if call.draw is None or call.policy.family == "step":
+        return [call.draw] * len(call.cells)
+    return call.draw.split([cell.hidden_size for cell in call.cells], -1)
 
 
 def problem_of(engine: str, call: Call, layer: int) -> Problem:
