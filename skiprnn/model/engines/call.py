@@ -44,11 +44,6 @@ class Call(NamedTuple):
         return draws, counting, list(zip(*(mask.unbind(1) for mask in self.masks), strict=True)) or [()] * steps
 
 
-def valid(lengths: Tensor, steps: int) -> Tensor:
-    """Whether a step counts, (B, T)."""
-    return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(-1)
-
-
 class Result(NamedTuple):
     """What became of them."""
 
@@ -56,6 +51,16 @@ class Result(NamedTuple):
     states: Sequence[State]  # as in Call, after the last step that counts
     gate: Gate
     updates: Tensor  # (B, T) of a step policy, (B, T, N) of a neuron policy; without a gradient unless it learns
+
+
+def valid(lengths: Tensor, steps: int) -> Tensor:
+    """Whether each step counts, (..., T), by the lengths (...)."""
+    return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def masked(h: Tensor, masks: Sequence[Tensor], layer: int) -> Tensor:
+    """What the layer above reads of a layer's h; the top has none above."""
+    return h * masks[layer] if layer < len(masks) else h
 
 
 # What the fast engines do themselves: an object that has its own is not what its class says.

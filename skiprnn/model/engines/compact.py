@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines.call import Call, Result, unknown
-from skiprnn.model.engines.reference import decision, masked, next_gate
+from skiprnn.model.engines.call import Call, Result, masked, unknown
+from skiprnn.model.engines.reference import decision, next_gate
 from skiprnn.model.policies import Policy, RandomSteps, Skip, StepPolicy, mix
 
 

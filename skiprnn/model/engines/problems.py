@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from skiprnn.model.engines.call import Call, Result
+from skiprnn.model.engines.call import Call, Result, masked
 from skiprnn.model.engines.operator import Outputs, Problem
-from skiprnn.model.engines.reference import masked
 from skiprnn.model.policies import Policy, Selective, Skip
 
 

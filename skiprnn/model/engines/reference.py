@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines.call import Call, Result
+from skiprnn.model.engines.call import Call, Result, masked
 from skiprnn.model.policies import Gate, NeuronPolicy, Policy, StepPolicy, mix
 
 
@@ -65,11 +65,6 @@ def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid, ma
         decisions.append(u)
         below = masked(updated[-1][0], masks, layer)
     return updated, torch.cat(decisions, -1)
-
-
-def masked(h: Tensor, masks: Sequence[Tensor], layer: int) -> Tensor:
-    """What the layer above reads of a layer's h; the top has none above."""
-    return h * masks[layer] if layer < len(masks) else h
 
 
 def decision(policy: Policy, u: Tensor, valid: Tensor | None) -> Tensor:
