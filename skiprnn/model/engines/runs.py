@@ -47,7 +47,7 @@ def stacked(problems: Sequence[Problem]) -> Problem:
     return Problem(*map(stack, zip(*problems, strict=True)))
 
 
-def kept(problem: Problem, save: bool, elements: int) -> list[tuple[int, ...]]:
+def kept_shapes(problem: Problem, save: bool, elements: int) -> list[tuple[int, ...]]:
     """Kernels.kept of an engine that saves so many elements, and Skip's q, s and proposed next q at every step."""
     runs, batch, steps, _ = problem.x.shape
     gate = (runs, steps, 3, batch) if save and problem.policy == "skip" else (0,)

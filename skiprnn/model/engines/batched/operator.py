@@ -10,11 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from skiprnn.model.engines import runs
 from skiprnn.model.engines.batched.steps import COORDINATOR, Deciding, Layer, Step, backward_step, forward_step
 from skiprnn.model.engines.call import valid
 from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
-from skiprnn.model.engines.runs import summed_product
+from skiprnn.model.engines.runs import kept_shapes, of_input, summed_product
 
 
 class _Loop:
@@ -146,7 +145,7 @@ def _precision(x: Tensor) -> Iterator[None]:
 
 def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     """The layers' Steps, and Skip's gate."""
-    return runs.kept(problem, save, _Loop(problem).saved())
+    return kept_shapes(problem, save, _Loop(problem).saved())
 
 
 def forward(problem: Problem, save: bool) -> Outputs:
@@ -216,7 +215,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         d_x = x.new_empty(0)
         if needs_input:
             weight = torch.cat([part for part in layers[0][1:] if part is not None], -1)
-            d_x = runs.of_input(d_blocks[0], weight[:, loop.hidden[0] : -1].mT)
+            d_x = of_input(d_blocks[0], weight[:, loop.hidden[0] : -1].mT)
     found = [*flat_d_states]
     coordinator: list[Tensor] = []
     for product, hidden in zip(products, loop.hidden, strict=True):

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skiprnn.model.engines import runs
 from skiprnn.model.engines.cuda import nvrtc
 from skiprnn.model.engines.operator import KERNELS, POLICIES, Arriving, Gradients, Kernels, Outputs, Problem
-from skiprnn.model.engines.runs import contiguous
+from skiprnn.model.engines.runs import contiguous, kept_shapes, of_input, summed_product
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 ROWS = 16  # sequences of a block
@@ -104,7 +103,7 @@ def launch(layout: Layout, name: str, defines: dict[str, int], tensors: dict[str
 
 def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     """What the lanes keep, and Skip's gate."""
-    return runs.kept(problem, save, sum(Layout.of(problem).parts()))
+    return kept_shapes(problem, save, sum(Layout.of(problem).parts()))
 
 
 def _matrix(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
@@ -204,7 +203,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     sizes = [left * layout.width, (layout.gates - left) * layout.width, (layout.blocks - layout.gates) * layout.width]
     reads = [kept["read"], kept["reset"], kept["read"]]
     products = [
-        runs.summed_product(layout.rows(read), part)
+        summed_product(layout.rows(read), part)
         for read, part in zip(reads, d_pre.split(sizes, 3), strict=True)
         if part.numel()
     ]
@@ -226,7 +225,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         if layout.policy == "selective":
             padded = torch.nn.functional.pad(problem.policy_weights[0].mT, (0, layout.width - hidden))
             of_x = torch.cat([of_x, padded.to(torch.bfloat16)], 2)
-        d_x = runs.of_input(d_pre, of_x.mT)
+        d_x = of_input(d_pre, of_x.mT)
     return Gradients.of([d_x, *found], problem)
 
 

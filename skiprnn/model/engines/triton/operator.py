@@ -10,9 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.model.engines import runs
 from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
-from skiprnn.model.engines.runs import contiguous
+from skiprnn.model.engines.runs import contiguous, kept_shapes, of_input, summed_product
 from skiprnn.model.engines.triton import parts, resident, streamed
 from skiprnn.model.engines.triton.launch import FEW_INPUTS, TILE, columns, fits_chip, operands, padded
 
@@ -61,7 +60,7 @@ class _Sizes:
 
 def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
     """The states and the pre-activations, and Skip's gate."""
-    return runs.kept(problem, save, _Sizes(problem).saved())
+    return kept_shapes(problem, save, _Sizes(problem).saved())
 
 
 def _widen(tensors: Sequence[Tensor], into: Tensor) -> None:
@@ -178,7 +177,7 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         found += [d_input_policy, d_state, d_u.sum((1, 2)), torch.zeros_like(policy_weights[3])]
     d_x = x.new_empty(0)
     if needs_input:
-        d_x = runs.of_input(d_pre[:, 0].flatten(3), laid_out.of_x.flatten(2).mT)
+        d_x = of_input(d_pre[:, 0].flatten(3), laid_out.of_x.flatten(2).mT)
     return Gradients.of([d_x, *found], problem)
 
 
@@ -190,7 +189,7 @@ def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Ten
 
         def times(rows: Tensor, first: int, last: int, d=d) -> Tensor:
             """The gradients of the blocks first to last, times rows (R, T, B, K): (R, blocks, W, K)."""
-            product = runs.summed_product(d[..., first * sizes.width : last * sizes.width], rows)
+            product = summed_product(d[..., first * sizes.width : last * sizes.width], rows)
             return product.view(sizes.runs, last - first, sizes.width, -1)
 
         if cell == "gru":
