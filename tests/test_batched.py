@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from skiprnn.model import engines
-from skiprnn.model.engines import batched, operator
-from skiprnn.model.engines.operator import Arriving, by_layers, problem_of, run_stacked
+from skiprnn.model.engines import operator, runs
+from skiprnn.model.engines.operator import Arriving
+from skiprnn.model.engines.problems import by_layers, problem_of
 from skiprnn.model.policies import POLICIES
 
 
@@ -127,14 +128,15 @@ def test_a_graph_could_record_it(cell, policy):
     """On a GPU that is not there: no value is read back, no shape depends on one, nothing is copied from the host."""
     problems = []
 
-    def note(calls, weights):
-        problems.append(operator._stacked([problem_of("batched", *both) for both in zip(calls, weights, strict=True)]))
-        return run_stacked("batched", calls, weights)
+    def note(calls, layer):
+        problems.append(runs.stacked([problem_of("batched", call, layer) for call in calls]))
+        return runs._run("batched", calls, layer)
 
     def on_gpu(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
     noted: list = []
+    kernels = operator.KERNELS["batched"]
     rnn, x = network(cell, policy, 1, 5, 2, "batched"), torch.ones(3, 7, 1)
     for lengths in (None, torch.ones(3, dtype=torch.int64)):
         by_layers([rnn.prepare(x, lengths=lengths)], note)
@@ -143,10 +145,10 @@ def test_a_graph_could_record_it(cell, policy):
             parts = tree_map_only(torch.Tensor, lambda one: on_gpu(one), tuple(found))
             problem = type(found)(*parts)
             with _Noting(noted):
-                outputs = batched.forward(problem, True)
+                outputs = kernels.forward(problem, True)
                 gate = outputs.final_gate if problem.gate else None
                 arriving = Arriving(outputs.output, outputs.final, gate, outputs.updates)
-                gradients = batched.backward(problem, outputs, arriving, True)
+                gradients = kernels.backward(problem, outputs, arriving, True)
             assert all(part.is_cuda for part in gradients.flat)
     assert len(problems) == (2 if policy == "skip" else 4)
     assert not noted
@@ -172,4 +174,4 @@ class _Noting(TorchDispatchMode):
 def test_the_product_over_all_steps_is_that_of_its_pieces(steps):
     rows, columns = torch.randn(2, steps, 3, 4, dtype=torch.float64), torch.randn(2, steps, 3, 5, dtype=torch.float64)
     expected = torch.einsum("rtbk,rtbx->rkx", rows, columns)
-    torch.testing.assert_close(operator.summed_product(rows, columns), expected)
+    torch.testing.assert_close(runs.summed_product(rows, columns), expected)

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skiprnn import Recurrent
 from skiprnn.model import engines
-from skiprnn.model.engines import __main__, batched, contact, operator, trial
+from skiprnn.model.engines import __main__, contact, operator, trial
 
+BATCHED = operator.KERNELS["batched"]
 FEW = [contact.Variant("lstm", "skip", 2), contact.Variant("gru", "selective", 1)]
 
 
@@ -32,7 +33,7 @@ def test_all_variants_are_covered():
 
 
 def with_kernels(monkeypatch, **changed):
-    monkeypatch.setitem(operator.KERNELS, "batched", operator.KERNELS["batched"]._replace(**changed))
+    monkeypatch.setitem(operator.KERNELS, "batched", BATCHED._replace(**changed))
 
 
 def test_a_right_engine_passes(fresh):
@@ -42,15 +43,15 @@ def test_a_right_engine_passes(fresh):
 
 def test_wrong_outputs_wrong_gradients_and_failures_are_found(fresh, monkeypatch):
     def wrong_output(problem, save):
-        outputs = batched.forward(problem, save)
+        outputs = BATCHED.forward(problem, save)
         return outputs._replace(output=outputs.output * 1.01)
 
     def wrong_gradient(*arguments):
-        gradients = batched.backward(*arguments)
+        gradients = BATCHED.backward(*arguments)
         return gradients._replace(weights=[weight * 1.01 for weight in gradients.weights])
 
     def wrong_decisions(problem, save):
-        outputs = batched.forward(problem, save)
+        outputs = BATCHED.forward(problem, save)
         return outputs._replace(updates=torch.ones_like(outputs.updates))
 
     def failing(problem, save):

@@ -119,6 +119,15 @@ def test_the_gate_after_the_last_step(emulated, cell):
         torch.testing.assert_close(other, one, rtol=0, atol=contact.TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_of_any_integers(emulated, dtype):
+    rnn, x = small("lstm", "always", 1, 4, 0), torch.randn(3, 6, 1)
+    call = rnn.prepare(x, lengths=torch.tensor([2, 6, 4], dtype=dtype))
+    with torch.no_grad():
+        (wanted,), (found,) = (engines.run_packed(engine, [call]) for engine in ("reference", "cuda"))
+    assert torch.equal(found.updates, wanted.updates)
+
+
 @pytest.mark.parametrize("policy", ["skip", "selective"])
 def test_what_is_nan_shows(emulated, policy):
     """In the state, whatever is decided; as in the reference."""

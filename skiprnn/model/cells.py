@@ -10,6 +10,7 @@ normalisation, which no experiment of the papers uses, is the example of docs/ex
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 State = tuple[Tensor, ...]
+
+
+def reordered(weight: Tensor, given: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """A weight (G*H, ...) whose gates are in the order `given`, with them in the order `wanted`."""
+    blocks = weight.chunk(len(given))
+    return torch.cat([blocks[given.index(gate)] for gate in wanted])
 
 
 class Cell(nn.Module, ABC):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from skiprnn.model.cells import Cell, GRUCell, LSTMCell
+from skiprnn.model.cells import Cell, GRUCell, LSTMCell, reordered
 from skiprnn.model.engines.call import unknown
 from skiprnn.model.policies import Always, Policy, Selective, Skip
 
@@ -168,12 +168,10 @@ class _Writer:
         done = 0
         for number, cell, names in stack.layers:
             operator, order = OPERATORS[type(cell)]
-            rows = [cell.gates.index(gate) for gate in order]
 
-            def block(name: str, weight: Tensor, number=number, cell=cell, rows=rows) -> str:
+            def block(name: str, weight: Tensor, number=number, cell=cell, order=order) -> str:
                 """A constant (1, G*H, ·), whose gates are in the operator's order."""
-                parts = weight.split(cell.hidden_size)
-                return self.constant(f"{name}.{number}", torch.cat([parts[row] for row in rows])[None])
+                return self.constant(f"{name}.{number}", reordered(weight, cell.gates, order)[None])
 
             weights = block("weight_ih", cell.weight_ih), block("weight_hh", cell.weight_hh)
             added = self.constant(f"none.{number}", torch.zeros(1, len(cell.total_bias)))  # there are two biases

@@ -20,12 +20,24 @@ from skiprnn.model.cells import Cell
 Gate = tuple[Tensor, ...]  # what a step policy carries from step to step; (B, 1) each
 
 
+def binary(x: Tensor) -> Tensor:
+    """1 above 0.5, else 0; nan stays nan. Without a gradient."""
+    return torch.where(x.isnan(), x, (x > 0.5).to(x.dtype))
+
+
+def blend(u: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """u * new + (1 - u) * old, where what is not taken counts for nothing, whatever it is: 0 * nan is 0."""
+    return torch.where(u == 0, old, torch.where(u == 1, new, u * new + (1 - u) * old))
+
+
+def blend_backward(u: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Its gradients in new and old."""
+    return torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+
+
 class _StraightThroughRound(torch.autograd.Function):
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.where(x.isnan(), x, (x > 0.5).to(x.dtype))
+    forward = staticmethod(binary)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -52,10 +64,7 @@ def straight_through_round(x: Tensor) -> Tensor:
 
 class _Mix(torch.autograd.Function):
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(u == 0, old, torch.where(u == 1, new, u * new + (1 - u) * old))
+    forward = staticmethod(blend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -67,7 +76,7 @@ class _Mix(torch.autograd.Function):
         u, new, old = ctx.saved_tensors
         of_u = (gradient * (new - old)).sum_to_size(u.shape) if ctx.needs_input_grad[0] else None
         if not torch.is_grad_enabled():
-            return of_u, torch.where(u == 0, 0, u * gradient), torch.where(u == 1, 0, (1 - u) * gradient)
+            return of_u, *blend_backward(u, gradient)
         nothing = torch.zeros_like(gradient)  # the same, whose own derivative in u is not 0
         return of_u, _Mix.apply(u, gradient, nothing), _Mix.apply(u, nothing, gradient)
 
@@ -82,10 +91,7 @@ class _MixForwards(_Mix):
 
 
 def mix(u: Tensor, candidate: Sequence[Tensor], previous: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """u * candidate + (1 - u) * previous, entry by entry; u is (B, 1) or (B, H).
-
-    What is not taken counts for nothing, whatever it is: 0 * nan is 0 here, in the gradient as well.
-    """
+    """u * candidate + (1 - u) * previous, entry by entry, as `blend` has it; u is (B, 1) or (B, H)."""
     kind = _Mix if torch.compiler.is_compiling() else _MixForwards
     return tuple(kind.apply(u.to(new.dtype), new, old) for new, old in zip(candidate, previous, strict=True))
 

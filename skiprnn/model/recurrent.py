@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from skiprnn.model import engines, onnx, pretrained
-from skiprnn.model.cells import CELLS, Cell, LSTMCell, State
-from skiprnn.model.engines.call import Call, Result
+from skiprnn.model import engines, onnx, pretrained, torch_lstm
+from skiprnn.model.cells import CELLS, Cell, State
+from skiprnn.model.engines.call import Call, Result, valid
 from skiprnn.model.policies import POLICIES, Gate, Policies, Policy, StepPolicy, accumulated_in, make_policy
-from skiprnn.model.state import attach, converted, each
+from skiprnn.model.state import converted, each, packed, unpacked
 from skiprnn.model.stream import Stream
 
 NO_JIT = "torch.jit cannot hold this network: use torch.export.export(rnn, (x,)), or rnn.to_onnx(file)"
@@ -308,7 +308,7 @@ class Recurrent(nn.Module):
         updates = result.updates if result.updates.dim() == 3 else result.updates.unsqueeze(2)
         updates = _reversed(updates, call.lengths)
         if call.lengths is not None:
-            updates = updates.masked_fill(~_valid(updates, call.lengths), 0)
+            updates = updates.masked_fill(~valid(call.lengths, updates.shape[1]).unsqueeze(2), 0)
         return result._replace(output=_reversed(result.output, call.lengths), updates=updates.view_as(result.updates))
 
     def stream(self, state: Any = None, batch_size: int | None = None) -> Stream:
@@ -382,8 +382,9 @@ class Recurrent(nn.Module):
                     f"the weights of {type(part).__name__} are sharded: give fully_shard the whole network, whose "
                     "forward gathers them, and no part of it"
                 )
-        if lengths is not None:  # whatever a padded step holds, even nan, it counts for nothing
-            x = x.masked_fill(~_valid(x, lengths), 0)
+        if lengths is not None:
+            lengths = lengths.to(x.device, torch.int64)
+            x = x.masked_fill(~valid(lengths, x.shape[1]).unsqueeze(2), 0)  # even nan counts for nothing there
         return x, lengths
 
     def unpack(self, state: Any, batch_size: int) -> list[tuple[list[State], Gate]]:
@@ -398,60 +399,19 @@ class Recurrent(nn.Module):
         ]
         gate = tuple(part for one in gates for part in one)
         if state is None:
-            initial = [[cell.initial_state(batch_size) for cell in stack.cells] for stack in stacks]
-            return list(zip(initial, gates, strict=True))
-        names = self.cells[0].state_names
-        parts: list[Any] = []
-        if isinstance(state, Tensor):
-            parts = [state]
-        elif (
-            isinstance(state, Sequence) and state and not isinstance(state, str)
-        ):  # of a GRU's unequal layers, or of all parts
-            of_layers = len(names) == 1 and not isinstance(self.hidden_size, int) and isinstance(state[0], Tensor)
-            parts = [state] if of_layers else list(state)
-        if not all(isinstance(part, Tensor | Sequence) for part in parts) or not all(
-            isinstance(layer, Tensor) for part in parts for layer in part
-        ):
-            parts = []
-        if len(parts) not in (len(names), len(names) + len(gate)):
-            wanted = f"{', '.join(names)}{' and the gate' if gate else ''}"
-            found = f"{len(parts)} parts" if parts else type(state).__name__
-            raise ValueError(f"state must hold {wanted}; got {found}")
-        entries, given = parts[: len(names)], tuple(parts[len(names) :])
-        if not given:  # it rides along on h, or on the top layer's h where they differ in size
-            top = entries[0] if isinstance(entries[0], Tensor) else entries[0][-1]
-            given = getattr(top, "gate_state", ()) if gate else ()
-        expected = [(batch_size, cell.hidden_size) for cell in self.cells]
-        for name, entry in zip(names, entries, strict=True):
-            shapes = [tuple(layer.shape) for layer in entry]
-            if shapes != expected:
-                raise ValueError(f"state {name} must be {expected} over the layers; got {shapes}")
-        if given and [tuple(part.shape) for part in given] != [(batch_size, 1)] * len(gate):
-            shapes = [tuple(part.shape) for part in given]
-            raise ValueError(f"the state's gate must be {len(gate)} of {(batch_size, 1)}; got {shapes}")
-        dtype = self.cells[0].weight_ih.dtype
-        for name, entry in zip(names, entries, strict=True):
-            for layer in entry:
-                if layer.dtype != dtype:
-                    raise ValueError(f"state {name} is {layer.dtype}, the parameters are {dtype}: convert one of them")
-        given = tuple(part.to(own.dtype) for part, own in zip(given, gate, strict=False))
-        states: list[State] = list(zip(*entries, strict=True))
-        if not self.bidirectional:
-            return [(states, given or gate)]
-        size = len(gates[0])
-        return [([one], (given or gate)[size * n : size * (n + 1)]) for n, one in enumerate(states)]
+            states = [cell.initial_state(batch_size) for cell in self.cells]
+        else:
+            states, gate = unpacked(state, self.cells, gate, batch_size, isinstance(self.hidden_size, int))
+        entries, parts = iter(states), iter(gate)
+        return [
+            ([next(entries) for _ in stack.cells], tuple(next(parts) for _ in own))
+            for stack, own in zip(stacks, gates, strict=True)
+        ]
 
     def pack(self, parts: Sequence[tuple[Sequence[State], Gate]]) -> Any:
         """The public form of each stack's per-layer states and gate."""
         gate = tuple(one for _, gate in parts for one in gate)
-        layers = [list(entry) for entry in zip(*(state for states, _ in parts for state in states), strict=True)]
-        if isinstance(self.hidden_size, int):
-            entries: list[Any] = [torch.stack(entry) for entry in layers]
-            entries[0] = attach(entries[0], gate)
-        else:
-            layers[0][-1] = attach(layers[0][-1], gate)
-            entries = [tuple(entry) for entry in layers]
-        return entries[0] if len(entries) == 1 else tuple(entries)
+        return packed([state for states, _ in parts for state in states], gate, isinstance(self.hidden_size, int))
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
@@ -460,16 +420,11 @@ class Recurrent(nn.Module):
         return ", ".join([text, *given])
 
 
-def _valid(x: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T, 1): whether a step of x (B, T, ·) counts."""
-    return (torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
-
-
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (B, T, ·) with each sequence's valid steps from the last to the first; what follows them repeats the last."""
     if lengths is None:
         return x.flip(1)
-    order = lengths.to(x.device).unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
+    order = lengths.unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)
     return x.take_along_dim(order.clamp(min=0).unsqueeze(2), 1)
 
 
@@ -499,47 +454,7 @@ class _Named(Recurrent):
         Raises:
             ValueError: the cell is a GRU, or the module has what this network has not: the message names it.
         """
-        if cls.cell_and_policy[0] != "lstm":
-            raise ValueError(
-                f"{cls.__name__} cannot take weights from torch: the papers' GRU resets the state before the product, "
-                "torch.nn.GRU after it, so no weights make them equal"
-            )
-        if not isinstance(lstm, nn.LSTM):
-            raise ValueError(f"from_torch takes a torch.nn.LSTM; got {type(lstm).__name__}")
-        if lstm.proj_size:
-            raise ValueError(f"{cls.__name__} has no proj_size; the torch.nn.LSTM has proj_size={lstm.proj_size}")
-        weight = next(lstm.parameters())
-        like: Options = {"bias": lstm.bias, "dropout": lstm.dropout, "bidirectional": lstm.bidirectional}
-        like |= {"batch_first": lstm.batch_first, "device": weight.device, "dtype": weight.dtype}
-        options = Options(**{"learn_initial_state": False, **like, **options})
-        if [options[name] for name in ("bias", "bidirectional")] != [lstm.bias, lstm.bidirectional]:
-            raise ValueError("bias and bidirectional are the torch.nn.LSTM's: leave them out")
-        rnn = cls(lstm.input_size, lstm.hidden_size, lstm.num_layers, **options)
-        order = _gate_rows(TORCH_GATES, LSTMCell.gates, lstm.hidden_size).to(weight.device)
-        with torch.no_grad():
-            for cell, theirs in zip(rnn.cells, _torch_names(lstm), strict=True):
-                cell.weight_ih.copy_(getattr(lstm, f"weight_ih_{theirs}")[order])
-                cell.weight_hh.copy_(getattr(lstm, f"weight_hh_{theirs}")[order])
-                if lstm.bias:
-                    both = getattr(lstm, f"bias_ih_{theirs}") + getattr(lstm, f"bias_hh_{theirs}")
-                    cell.bias.add_(both[order].to(cell.bias) - cell.total_bias)  # which has what is added for good
-                for initial in cell.initial_state(1):
-                    initial.zero_()
-            rnn.policy.start_open()
-        return rnn
-
-
-def _torch_names(lstm: nn.LSTM) -> list[str]:
-    """What the names of a torch.nn.LSTM's weights end with, in the order of our layers."""
-    return [f"l{layer}{end}" for layer in range(lstm.num_layers) for end in ["", "_reverse"][: 1 + lstm.bidirectional]]
-
-
-TORCH_GATES = ("i", "f", "j", "o")  # of torch.nn.LSTM's rows; it calls j g
-
-
-def _gate_rows(given: Sequence[str], wanted: Sequence[str], hidden_size: int) -> Tensor:
-    """(G*H,): the rows that put weights with the gates in the order `given` into the order `wanted`."""
-    return torch.cat([torch.arange(hidden_size) + given.index(gate) * hidden_size for gate in wanted])
+        return torch_lstm.from_torch(cls, lstm, dict(options))
 
 
 class _OfLSTM(_Named):
@@ -598,24 +513,7 @@ class LSTM(_OfLSTM):
         Raises:
             ValueError: torch's has no such thing: initial states other than zeros, layers of unequal sizes.
         """
-        if any(initial.any() for cell in self.cells for initial in cell.initial_state(1)):
-            raise ValueError("torch.nn.LSTM begins with zeros: only an LSTM with learn_initial_state=False becomes one")
-        if not isinstance(self.hidden_size, int):
-            raise ValueError(f"torch.nn.LSTM has one hidden size; the layers have {list(self.hidden_size)}")
-        weight = self.cells[0].weight_ih
-        size, layers = self.hidden_size, self.num_layers
-        names = ("bias", "batch_first", "dropout", "bidirectional")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        lstm = nn.LSTM(self.input_size, size, layers, **options, device=weight.device, dtype=weight.dtype)
-        order = _gate_rows(LSTMCell.gates, TORCH_GATES, size).to(weight.device)
-        with torch.no_grad():
-            for cell, theirs in zip(self.cells, _torch_names(lstm), strict=True):
-                getattr(lstm, f"weight_ih_{theirs}").copy_(cell.weight_ih[order])
-                getattr(lstm, f"weight_hh_{theirs}").copy_(cell.weight_hh[order])
-                if self.bias:
-                    getattr(lstm, f"bias_ih_{theirs}").copy_(cell.total_bias[order])
-                    getattr(lstm, f"bias_hh_{theirs}").zero_()
-        return lstm
+        return torch_lstm.to_torch(self)
 
 
 class GRU(_OfGRU):

@@ -61,7 +61,7 @@ class Stream:
         self._due = torch.ones(count, dtype=torch.bool)  # and whether an update follows, as far as it was looked ahead
         if saved:
             self._load(tensors)
-        elif isinstance(rnn.policy, RandomSteps) or not rnn.policy.draws:
+        else:
             self._look_ahead(torch.arange(count))
 
     @property
@@ -194,8 +194,7 @@ class Stream:
                 entry[rows] = new
         for part, new in zip(self._gate, result.gate, strict=True):
             part[rows] = new
-        if isinstance(rnn.policy, RandomSteps) or not rnn.policy.draws:
-            self._look_ahead(rows)
+        self._look_ahead(rows)
 
     def _pass(self, rows: Tensor, counts: Tensor) -> None:
         """Steps of streams that skip them, so many of each."""
@@ -214,7 +213,7 @@ class Stream:
     def _look_ahead(self, rows: Tensor) -> None:
         """Find how many samples these streams will skip; by repeated addition, as everywhere, for exact ties."""
         policy = self.rnn.policy
-        if not isinstance(policy, StepPolicy):
+        if not isinstance(policy, StepPolicy) or (policy.draws and not isinstance(policy, RandomSteps)):
             return
         gate = tuple(part[rows] for part in self._gate)
         unread = self._unread(len(rows))

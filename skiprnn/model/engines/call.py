@@ -6,13 +6,15 @@ Shapes: B batch, T steps, I input, H hidden of a layer, N neurons of all layers 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from skiprnn.model.cells import Cell, GRUCell, LSTMCell, State
 from skiprnn.model.policies import Always, Coordinator, Gate, Policy, RandomNeurons, RandomSteps, Selective, Skip
 
-# In the order of native/problem.h's enumerations. By identity: what a subclass changes, only the reference engine sees.
+# In the order of the enumerations in native/problem.h and cuda/kernels.cu. By identity: what a subclass changes, only
+# the reference engine sees.
 CELLS: tuple[type[Cell], ...] = (LSTMCell, GRUCell)
 POLICIES: tuple[type[Policy], ...] = (Always, RandomSteps, Skip, RandomNeurons, Selective)
 
@@ -26,9 +28,20 @@ class Call(NamedTuple):
     states: Sequence[State]  # each layer's before the first step, (B, H) per entry
     gate: Gate  # the step policy's before the first step, (B, 1) each; () if it has none
     draw: Tensor | None = None  # the policy's random decisions, (B, T) or (B, T, N)
-    lengths: Tensor | None = None  # (B,): steps that count, later ones update nothing; None: all T
+    lengths: Tensor | None = None  # (B,) int64: steps that count, later ones update nothing; None: all T
     alike: bool = False  # all sequences begin with the state and the gate of the first
     masks: Sequence[Tensor] = ()  # dropout: what each layer but the top gives to the next is times this, (B, T, H)
+
+    def by_step(self) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Sequence[Tensor]]]:
+        """For every step: its draw (B, 1) or (B, N), whether it counts (B, 1), and its masks."""
+        steps = self.x.shape[1]
+        draws: Sequence[Tensor | None] = [None] * steps
+        counting: Sequence[Tensor | None] = [None] * steps
+        if self.draw is not None:
+            draws = (self.draw if self.draw.dim() == 3 else self.draw.unsqueeze(2)).unbind(1)
+        if self.lengths is not None:
+            counting = valid(self.lengths, steps).unsqueeze(2).unbind(1)
+        return draws, counting, list(zip(*(mask.unbind(1) for mask in self.masks), strict=True)) or [()] * steps
 
 
 class Result(NamedTuple):
@@ -38,6 +51,16 @@ class Result(NamedTuple):
     states: Sequence[State]  # as in Call, after the last step that counts
     gate: Gate
     updates: Tensor  # (B, T) of a step policy, (B, T, N) of a neuron policy; without a gradient unless it learns
+
+
+def valid(lengths: Tensor, steps: int) -> Tensor:
+    """Whether each step counts, (..., T), by the lengths (...)."""
+    return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def masked(h: Tensor, masks: Sequence[Tensor], layer: int) -> Tensor:
+    """What the layer above reads of a layer's h; the top has none above."""
+    return h * masks[layer] if layer < len(masks) else h
 
 
 # What the fast engines do themselves: an object that has its own is not what its class says.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines.call import Call, Result, unknown
-from skiprnn.model.engines.reference import masked
+from skiprnn.model.engines.call import Call, Result, masked, unknown
+from skiprnn.model.engines.reference import decision, next_gate
 from skiprnn.model.policies import Policy, RandomSteps, Skip, StepPolicy, mix
 
 
@@ -33,16 +33,11 @@ def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> str | None:
 def run(call: Call) -> Result:
     """As reference.run."""
     cells, policy, gate = call.cells, cast(StepPolicy, call.policy), call.gate
-    batch, steps, _ = call.x.shape
-    lengths = torch.full((batch,), steps) if call.lengths is None else call.lengths
-    valid = (torch.arange(steps) < lengths.unsqueeze(1)).unsqueeze(2).unbind(1)  # (B, 1) each
-    draws: Sequence[Tensor | None] = [None] * steps if call.draw is None else call.draw.unsqueeze(2).unbind(1)
-    masks = list(zip(*(mask.unbind(1) for mask in call.masks), strict=True)) or [()] * steps
     states, outputs, updates = list(call.states), [], []
-    for x, draw, alive, mask in zip(call.x.unbind(1), draws, valid, masks, strict=True):
+    for x, draw, valid, masks in zip(call.x.unbind(1), *call.by_step(), strict=True):
         accumulated = policy.decide(gate, draw)
         assert accumulated is not None
-        u = torch.where(alive, policy.binarise(accumulated), 0)
+        u = decision(policy, policy.binarise(accumulated), valid)
         rows = u.squeeze(1).nonzero().squeeze(1)
         if len(rows):
             below = x[rows]
@@ -53,9 +48,8 @@ def run(call: Call) -> Result:
                 states[layer] = tuple(
                     old.index_copy(0, rows, new) for old, new in zip(states[layer], after, strict=True)
                 )
-                below = masked(candidate[0], [part[rows] for part in mask], layer)
-        proposed = mix(u, policy.after_update(gate, states[-1][-1]), policy.after_skip(gate, accumulated))
-        gate = tuple(torch.where(alive, new, old) for new, old in zip(proposed, gate, strict=True))
+                below = masked(candidate[0], [part[rows] for part in masks], layer)
+        gate = next_gate(policy, gate, policy.after_update(gate, states[-1][-1]), accumulated, u, valid)
         outputs.append(states[-1][0])
         updates.append(u)
     return Result(torch.stack(outputs, 1), states, gate, torch.cat(updates, 1))

@@ -13,12 +13,10 @@ from torch.autograd import forward_ad
 
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines import call as known
-from skiprnn.model.engines.call import Call, Result
-from skiprnn.model.policies import Policy, RandomNeurons, Selective, Skip
+from skiprnn.model.policies import Policy
 
 CELLS: dict[str, type[Cell]] = {cell.name: cell for cell in known.CELLS}
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in known.POLICIES}
-PIECES = 64  # of a sequence, at most, that a weight's gradient is summed from
 WEIGHTS = 3  # per layer: weight_ih (G*H, I), weight_hh (G*H, H), total_bias (G*H,)
 
 
@@ -52,6 +50,11 @@ class Problem(NamedTuple):
         return [state.shape[-1] for state in self.states[:: self.entries]]
 
     @property
+    def blocks(self) -> int:
+        """Blocks of H pre-activations: of the gates, and of Selective's coordinator."""
+        return self.gates + (self.policy == "selective")
+
+    @property
     def by_neuron(self) -> bool:
         """Whether every neuron decides for itself."""
         return POLICIES[self.policy].family == "neuron"
@@ -60,6 +63,23 @@ class Problem(NamedTuple):
     def lists(self) -> tuple[Sequence[Tensor], ...]:
         """The four lists of tensors that may have a gradient."""
         return self.states, self.weights, self.gate, self.policy_weights
+
+    @property
+    def counts(self) -> list[int]:
+        """How many tensors each list has."""
+        return [len(part) for part in self.lists]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of all lists, one after the other."""
+        return [tensor for part in self.lists for tensor in part]
+
+    def split(self, final: Tensor) -> list[Tensor]:
+        """Outputs.final, or its gradient, as the K states (B, H) of each layer."""
+        batch = self.x.shape[-3]
+        sizes = [hidden for hidden in self.hidden for _ in range(self.entries)]
+        parts = final.split([batch * size for size in sizes], -1)
+        return [part.unflatten(-1, (batch, size)) for part, size in zip(parts, sizes, strict=True)]
 
 
 class Outputs(NamedTuple):
@@ -72,6 +92,11 @@ class Outputs(NamedTuple):
     saved: Tensor
     saved_gate: Tensor
     projected: Tensor
+
+    @classmethod
+    def empty(cls, problem: Problem, save: bool) -> "Outputs":
+        """Uninitialised ones."""
+        return cls(*(problem.x.new_empty(shape) for shape in shapes(problem, save)))
 
 
 class Arriving(NamedTuple):
@@ -101,8 +126,9 @@ class Gradients(NamedTuple):
 
     @classmethod
     def of(cls, flat: Sequence[Tensor], problem: Problem) -> "Gradients":
-        """From one list of all."""
-        return cls(flat[0], *_cut(flat[1:], [len(part) for part in problem.lists]))
+        """From one list of all; an operator's results are contiguous and share no memory."""
+        own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in flat]
+        return cls(own[0], *_cut(own[1:], problem.counts))
 
     @property
     def flat(self) -> list[Tensor]:
@@ -113,12 +139,25 @@ class Gradients(NamedTuple):
 class Kernels(NamedTuple):
     """How an engine computes the operator; backward gets the last four of Outputs, the others empty."""
 
-    shapes: Callable[[Problem, bool], Sequence[tuple[int, ...]]]  # of the outputs
+    kept: Callable[[Problem, bool], Sequence[tuple[int, ...]]]  # shapes of the last three of Outputs
     forward: Callable[[Problem, bool], Outputs]  # True: keep what backward needs
     backward: Callable[[Problem, Outputs, Arriving, bool], Gradients]  # True: x's gradient as well
 
 
 KERNELS: dict[str, Kernels] = {}
+
+
+def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """The outputs' shapes."""
+    *runs, batch, steps, _ = problem.x.shape
+    rows, top = (*runs, batch, steps), problem.hidden[-1]
+    return [
+        (*rows, top),
+        (*runs, batch * problem.entries * sum(problem.hidden)),
+        (*runs, 2, batch) if problem.policy == "skip" else (0,),
+        (*rows, top) if problem.by_neuron else rows,
+        *KERNELS[problem.engine].kept(problem, save),
+    ]
 
 
 @torch.library.custom_op("skiprnn::recurrence", mutates_args=())
@@ -143,8 +182,7 @@ def recurrence(
 @recurrence.register_fake
 def _(*arguments):
     *inputs, save = arguments
-    problem = Problem(*inputs)
-    return tuple(problem.x.new_empty(shape) for shape in KERNELS[problem.engine].shapes(problem, save))
+    return tuple(Outputs.empty(Problem(*inputs), save))
 
 
 @torch.library.custom_op("skiprnn::recurrence_backward", mutates_args=())
@@ -193,11 +231,9 @@ def _save(ctx, inputs, output) -> None:
     problem = Problem(*arguments)
     if not save:
         raise RuntimeError("skiprnn::recurrence needs save=True where a gradient is wanted")
-    ctx.names = problem[:3]
-    ctx.counts = [len(part) for part in problem.lists]
-    tensors = [tensor for part in problem.lists for tensor in part]
+    ctx.names, ctx.counts = problem[:3], problem.counts
     kept = [tensor.detach() for tensor in output[3:]]
-    ctx.save_for_backward(problem.x, *tensors, problem.draw, problem.lengths, *kept)
+    ctx.save_for_backward(problem.x, *problem.tensors, problem.draw, problem.lengths, *kept)
     ctx.set_materialize_grads(False)
 
 
@@ -285,154 +321,20 @@ class _FlatGradients(torch.autograd.Function):
         return _one_by_one(_FlatGradients, info, in_dims, arguments)
 
 
+def needs_gradient(problem: Problem) -> bool:
+    """Whether forward has to keep what backward needs."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (problem.x, *problem.tensors))
+
+
 def apply(problem: Problem, save: bool) -> Outputs:
     """The operator, also under torch.func's transforms."""
+    x, tensors = problem.x, problem.tensors
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in (problem.x, *(tensor for part in problem.lists for tensor in part))
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, *tensors)
     ):
         raise RuntimeError("the fast engines have no forward-mode derivatives; engine='reference' has")
     if torch._C._are_functorch_transforms_active():
-        counts = [len(part) for part in problem.lists]
-        tensors = [tensor for part in problem.lists for tensor in part]
-        return Outputs(*_Flat.apply(problem[:3], counts, save, problem.x, *tensors, problem.draw, problem.lengths))
-    x = problem.x
+        return Outputs(*_Flat.apply(problem[:3], problem.counts, save, x, *tensors, problem.draw, problem.lengths))
     if not save and type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling():
         return KERNELS[problem.engine].forward(problem, save)  # the dispatcher takes longer than a short sequence
     return Outputs(*recurrence(*problem, save))
-
-
-# --- between calls and the operator ---
-
-
-def needs_gradient(problem: Problem) -> bool:
-    """Whether forward has to keep what backward needs."""
-    if not torch.is_grad_enabled():
-        return False
-    return problem.x.requires_grad or any(tensor.requires_grad for part in problem.lists for tensor in part)
-
-
-def problem_of(engine: str, call: Call, policy_weights: list[Tensor]) -> Problem:
-    """A call as the operator takes it."""
-    states = [entry for state in call.states for entry in state]
-    weights = [weight for cell in call.cells for weight in (cell.weight_ih, cell.weight_hh, cell.total_bias)]
-    gate = [part.reshape(-1) for part in call.gate]
-    names = engine, call.cells[0].name, call.policy.name
-    return Problem(*names, call.x, states, weights, gate, policy_weights, call.draw, call.lengths)
-
-
-def result_of(call: Call, outputs: Outputs) -> Result:
-    """The operator's outputs as a call's result."""
-    batch, entries = call.x.shape[0], len(call.states[0])
-    sizes = [cell.hidden_size for cell in call.cells for _ in range(entries)]
-    flat = outputs.final.split([batch * size for size in sizes])
-    parts = [part.view(batch, size) for part, size in zip(flat, sizes, strict=True)]
-    states = [tuple(parts[start : start + entries]) for start in range(0, len(parts), entries)]
-    gate = tuple(part.unsqueeze(1) for part in outputs.final_gate) if call.gate else call.gate
-    updates = outputs.updates if call.policy.learned else outputs.updates.detach()
-    return Result(outputs.output, states, gate, updates)
-
-
-def run_stacked(engine: str, calls: Sequence[Call], policy_weights: Sequence[list[Tensor]]) -> list[Result]:
-    """The operator on all calls' tensors, stacked (R, ...)."""
-    problems = [problem_of(engine, call, weights) for call, weights in zip(calls, policy_weights, strict=True)]
-    save = any(needs_gradient(problem) for problem in problems)
-    outputs = apply(_stacked(problems), save)
-    gates = outputs.final_gate if calls[0].gate else [outputs.final_gate] * len(calls)
-    each = zip(outputs.output, outputs.final, gates, outputs.updates, strict=True)
-    return [result_of(call, Outputs(*own, *outputs[4:])) for call, own in zip(calls, each, strict=True)]
-
-
-def _stacked(problems: Sequence[Problem]) -> Problem:
-    """One problem of several of equal shapes."""
-
-    def stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        there = [tensor.to(problems[0].x.device) for tensor in tensors if tensor is not None]
-        return torch.stack(there) if there else None
-
-    def stack_lists(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
-
-    return problems[0]._replace(
-        x=torch.stack([problem.x for problem in problems]),
-        states=stack_lists([problem.states for problem in problems]),
-        weights=stack_lists([problem.weights for problem in problems]),
-        gate=stack_lists([problem.gate for problem in problems]),
-        policy_weights=stack_lists([problem.policy_weights for problem in problems]),
-        draw=stack([problem.draw for problem in problems]),
-        lengths=stack([problem.lengths for problem in problems]),
-    )
-
-
-def summed_product(rows: Tensor, columns: Tensor) -> Tensor:
-    """The gradient of a weight: rows^T columns over all steps and sequences, (R, T, B, K), (R, T, B, X) -> (R, K, X).
-
-    In pieces of a few steps: of one long sum that makes few outputs, libraries keep most of a GPU idle.
-    """
-    runs, steps = rows.shape[:2]
-    pieces = max(count for count in range(1, min(steps, PIECES) + 1) if steps % count == 0)
-    left, right = (part.reshape(runs * pieces, -1, part.shape[-1]) for part in (rows, columns))
-    return product(left.mT, right).view(runs, pieces, left.shape[-1], right.shape[-1]).sum(1)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Of matrices (R, ., .), each run's; of bfloat16 ones in float32."""
-    if left.dtype != torch.bfloat16:
-        return torch.bmm(left, right)
-    if left.is_cuda:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left.float(), right.float())
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, if there is one, as kernels read it."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def by_layers(calls: Sequence[Call], run: Callable[[Sequence[Call], list[list[Tensor]]], list[Result]]) -> list[Result]:
-    """Networks of one architecture by `run`, which takes stacks that the operator takes, and their policies' weights.
-
-    Only Skip's gate ties the layers together; otherwise they run one after the other.
-    """
-    if isinstance(calls[0].policy, Skip):
-        return run(calls, [_weights(call.policy, 0) for call in calls])
-    xs = [call.x for call in calls]
-    by_layer: list[list[Result]] = []
-    for layer, cell in enumerate(calls[0].cells):
-        below = sum(cell.hidden_size for cell in calls[0].cells[:layer])
-        parts = [
-            call._replace(
-                cells=[call.cells[layer]],
-                x=x,
-                states=[call.states[layer]],
-                draw=call.draw[..., below : below + cell.hidden_size]
-                if isinstance(call.policy, RandomNeurons) and call.draw is not None
-                else call.draw,
-            )
-            for call, x in zip(calls, xs, strict=True)
-        ]
-        by_layer.append(run(parts, [_weights(call.policy, layer) for call in calls]))
-        xs = [result.output for result in by_layer[-1]]
-        if layer < len(calls[0].masks):
-            xs = [x * call.masks[layer] for x, call in zip(xs, calls, strict=True)]
-    return [
-        Result(
-            layers[-1].output,
-            [state for result in layers for state in result.states],
-            call.gate,
-            torch.cat([result.updates for result in layers], -1)
-            if call.policy.family == "neuron"
-            else layers[0].updates,
-        )
-        for call, layers in zip(calls, zip(*by_layer, strict=True), strict=True)
-    ]
-
-
-def _weights(policy: Policy, layer: int) -> list[Tensor]:
-    """What of the policy the operator takes for one layer, or of Skip for all."""
-    if isinstance(policy, Skip):
-        return [policy.weight, policy.bias.squeeze(0)]
-    if isinstance(policy, Selective):
-        coordinator = policy.coordinators[layer]
-        return [coordinator.weight_input, coordinator.weight_state, coordinator.bias, policy.slope]
-    return []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
-from skiprnn.model.engines.call import Call, Result
+from skiprnn.model.engines.call import Call, Result, masked
 from skiprnn.model.policies import Gate, NeuronPolicy, Policy, StepPolicy, mix
 
 
@@ -17,31 +17,22 @@ def unsupported(cells: Sequence[Cell], policy: Policy, x: Tensor) -> None:
 
 def run(call: Call) -> Result:
     """Run a stack of cells under a policy over whole sequences, step by step."""
-    cells, policy, x, states, gate, draw, lengths, _, dropped = call
-    steps = x.shape[1]
-    # unbind, not x[:, t]: the gradient of an index is a tensor as large as x, which makes backward quadratic in T
-    inputs, projected = x.unbind(1), cells[0].project(x).unbind(1)
-    draws: Sequence[Tensor | None] = [None] * steps
-    valid: Sequence[Tensor | None] = [None] * steps
-    if draw is not None:
-        draws = (draw if draw.dim() == 3 else draw.unsqueeze(2)).unbind(1)
-    if lengths is not None:
-        alive = torch.arange(steps, device=x.device) < lengths.to(x.device).unsqueeze(1)
-        valid = alive.unsqueeze(2).unbind(1)
-    masks = list(zip(*(mask.unbind(1) for mask in dropped), strict=True)) or [()] * steps
+    cells, policy, states, gate = call.cells, call.policy, call.states, call.gate
+    inputs = cells[0].project(call.x) if isinstance(policy, StepPolicy) else call.x
     outputs, updates = [], []
-    for t in range(steps):
+    # unbind, not x[:, t]: the gradient of an index is a tensor as large as x, which makes backward quadratic in T
+    for x, *given in zip(inputs.unbind(1), *call.by_step(), strict=True):
         if isinstance(policy, StepPolicy):
-            states, gate, u = step_stack(cells, policy, projected[t], states, gate, draws[t], valid[t], masks[t])
+            states, gate, u = step_stack(cells, policy, x, states, gate, *given)
         else:
-            states, u = step_neurons(cells, cast(NeuronPolicy, policy), inputs[t], states, draws[t], valid[t], masks[t])
+            states, u = step_neurons(cells, cast(NeuronPolicy, policy), x, states, *given)
         outputs.append(states[-1][0])
         updates.append(u)
     u = torch.stack(updates, 1)
     return Result(torch.stack(outputs, 1), list(states), gate, u.squeeze(2) if policy.family == "step" else u)
 
 
-def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate, draw, valid, masks=()):
+def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate, draw, valid, masks):
     """One step of a stack whose layers update or copy together; every candidate reads the candidate below."""
     accumulated = policy.decide(gate, draw)
     candidates = [cells[0].step(projected, states[0])]
@@ -53,13 +44,17 @@ def step_stack(cells, policy: StepPolicy, projected: Tensor, states, gate: Gate,
         if valid is None:
             return candidates, updated, accumulated
     u = decision(policy, policy.binarise(accumulated), valid)
-    after = mix(u, updated, policy.after_skip(gate, accumulated))
-    if valid is not None:
-        after = tuple(torch.where(valid, new, old) for new, old in zip(after, gate, strict=True))
+    after = next_gate(policy, gate, updated, accumulated, u, valid)
     return [mix(u, *pair) for pair in zip(candidates, states, strict=True)], after, u
 
 
-def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid, masks=()):
+def next_gate(policy: StepPolicy, gate: Gate, updated: Gate, accumulated: Tensor, u: Tensor, valid) -> Gate:
+    """The gate after a step; `updated` where the step updates."""
+    after = mix(u, updated, policy.after_skip(gate, accumulated))
+    return after if valid is None else tuple(torch.where(valid, new, old) for new, old in zip(after, gate, strict=True))
+
+
+def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid, masks):
     """One step of a stack whose neurons update one by one; every layer reads the updated state below."""
     updated, decisions = [], []
     below = x
@@ -70,11 +65,6 @@ def step_neurons(cells, policy: NeuronPolicy, x: Tensor, states, draw, valid, ma
         decisions.append(u)
         below = masked(updated[-1][0], masks, layer)
     return updated, torch.cat(decisions, -1)
-
-
-def masked(h: Tensor, masks: Sequence[Tensor], layer: int) -> Tensor:
-    """What the layer above reads of a layer's h; the top has none above."""
-    return h * masks[layer] if layer < len(masks) else h
 
 
 def decision(policy: Policy, u: Tensor, valid: Tensor | None) -> Tensor:

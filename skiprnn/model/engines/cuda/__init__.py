@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
+from skiprnn.model.engines import runs
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.engines.cuda import nvrtc
 from skiprnn.model.engines.cuda.operator import LARGEST
-from skiprnn.model.engines.operator import by_layers, run_stacked
 from skiprnn.model.policies import Policy, Selective, Skip
 
 FEW_INPUTS = 4  # that fit the registers beside the weights
@@ -55,4 +55,4 @@ def run(call: Call) -> Result:
 
 def run_packed(calls: Sequence[Call]) -> list[Result]:
     """Several networks of one cell, policy and size on batches of one shape, in one launch."""
-    return by_layers(calls, lambda calls, weights: run_stacked("cuda", calls, weights))
+    return runs.run_packed("cuda", calls)

@@ -13,22 +13,12 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.engines.cuda import nvrtc
-from skiprnn.model.engines.operator import (
-    KERNELS,
-    Arriving,
-    Gradients,
-    Kernels,
-    Outputs,
-    Problem,
-    contiguous,
-    product,
-    summed_product,
-)
+from skiprnn.model.engines.operator import KERNELS, POLICIES, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.runs import contiguous, kept_shapes, of_input, summed_product
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 ROWS = 16  # sequences of a block
 LARGEST = 128  # columns [h, x, 1]: more weights than that do not fit the registers
-POLICIES = {"always": 0, "random_steps": 1, "skip": 2, "random_neurons": 3, "selective": 4}
 POINTERS = (
     "x draw lengths weights w_p b_p coordinator slope states gate output updates kept read reset kept_gate d_output"
     " d_updates d_pre d_w_p d_b_p"
@@ -54,18 +44,15 @@ class Layout(NamedTuple):
     inputs: int
     hidden: int
     gates: int
+    blocks: int
     cell: str
     policy: str
 
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
         runs, batch, steps, inputs = problem.x.shape
-        return cls(runs, batch, steps, inputs, problem.hidden[0], problem.gates, problem.cell, problem.policy)
-
-    @property
-    def blocks(self) -> int:
-        """Of gradients: the gates', and that of Selective's coordinator."""
-        return self.gates + (self.policy == "selective")
+        counts = problem.gates, problem.blocks
+        return cls(runs, batch, steps, inputs, problem.hidden[0], *counts, problem.cell, problem.policy)
 
     @property
     def tiles(self) -> int:
@@ -95,7 +82,7 @@ class Layout(NamedTuple):
 
     def defines(self, **more: int) -> dict[str, int]:
         """The macros that the kernels are compiled with."""
-        lstm, policy = int(self.cell == "lstm"), POLICIES[self.policy]
+        lstm, policy = int(self.cell == "lstm"), list(POLICIES).index(self.policy)
         return {"LSTM": lstm, "POLICY": policy, "I": self.inputs, "H": self.hidden, "KT": self.warps, **more}
 
 
@@ -114,19 +101,9 @@ def launch(layout: Layout, name: str, defines: dict[str, int], tensors: dict[str
     kernel((layout.tiles, layout.runs), 32 * layout.warps, arguments)
 
 
-def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
-    """The outputs' shapes."""
-    layout = Layout.of(problem)
-    rows, skip = tuple(problem.x.shape[:3]), layout.policy == "skip"
-    return [
-        (*rows, layout.hidden),
-        (layout.runs, problem.entries * layout.batch * layout.hidden),
-        (layout.runs, 2, layout.batch) if skip else (0,),
-        (*rows, layout.hidden) if problem.by_neuron else rows,
-        (sum(layout.parts()) if save else 0,),
-        (layout.runs, layout.steps, 3, layout.batch) if skip and save else (0,),
-        (0,),
-    ]
+def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """What the lanes keep, and Skip's gate."""
+    return kept_shapes(problem, save, sum(Layout.of(problem).parts()))
 
 
 def _matrix(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
@@ -171,28 +148,27 @@ def _split(layout: Layout, saved: Tensor) -> dict[str, Tensor]:
 def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
     layout, x, entries = Layout.of(problem), problem.x, problem.entries
-    output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(size) for size in shapes(problem, save))
+    outputs = Outputs.empty(problem, save)
     states = x.new_zeros(layout.runs, entries, layout.batch, layout.width)
     for entry, given in enumerate(problem.states):
         states[:, entry, :, : layout.hidden] = given
     if layout.policy == "skip":
-        last_gate.copy_(torch.stack(list(problem.gate), 1))
+        outputs.final_gate.copy_(torch.stack(list(problem.gate), 1))
     tensors: dict[str, Tensor | None] = {
         "x": x.contiguous(),
         "draw": contiguous(problem.draw),
         "lengths": contiguous(problem.lengths),
         "weights": _fragments(layout, _matrix(layout, problem.weights), transposed=False),
         "states": states,
-        "gate": last_gate,
-        "output": output,
-        "updates": updates,
-        "kept_gate": saved_gate,
+        "gate": outputs.final_gate,
+        "output": outputs.output,
+        "updates": outputs.updates,
+        "kept_gate": outputs.saved_gate,
         **_policy_weights(layout, problem.policy_weights),
-        **(_split(layout, saved) if save else {}),
+        **(_split(layout, outputs.saved) if save else {}),
     }
     launch(layout, "forward", {"SAVE": int(save), "D_OUTPUT": 0}, tensors)
-    final = states[..., : layout.hidden].flatten(1)
-    return Outputs(output, final, last_gate, updates, saved, saved_gate, projected)
+    return outputs._replace(final=states[..., : layout.hidden].flatten(1))
 
 
 def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
@@ -249,13 +225,8 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         if layout.policy == "selective":
             padded = torch.nn.functional.pad(problem.policy_weights[0].mT, (0, layout.width - hidden))
             of_x = torch.cat([of_x, padded.to(torch.bfloat16)], 2)
-        d_x = (
-            product(d_pre.flatten(1, 2), of_x.mT)
-            .view(layout.runs, layout.steps, layout.batch, layout.inputs)
-            .transpose(1, 2)
-        )
-    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in (d_x, *found)]
-    return Gradients.of(own, problem)
+        d_x = of_input(d_pre, of_x.mT)
+    return Gradients.of([d_x, *found], problem)
 
 
-KERNELS["cuda"] = Kernels(shapes, forward, backward)
+KERNELS["cuda"] = Kernels(kept, forward, backward)

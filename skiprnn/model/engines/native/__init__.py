@@ -11,7 +11,8 @@ from torch import Tensor
 from skiprnn.model.cells import Cell
 from skiprnn.model.engines.call import Call, Result, unknown
 from skiprnn.model.engines.native import build, operator  # noqa: F401  (registers the kernels)
-from skiprnn.model.engines.operator import apply, by_layers, needs_gradient, problem_of, result_of
+from skiprnn.model.engines.operator import apply, needs_gradient
+from skiprnn.model.engines.problems import by_layers, problem_of, result_of
 from skiprnn.model.policies import Policy
 
 
@@ -34,11 +35,11 @@ def run(call: Call) -> Result:
     return by_layers([call], _run_stack)[0]
 
 
-def _run_stack(calls: Sequence[Call], policy_weights: Sequence[list[Tensor]]) -> list[Result]:
+def _run_stack(calls: Sequence[Call], layer: int) -> list[Result]:
     """The operator on one call."""
-    (call,), (weights,) = calls, policy_weights
-    problem = problem_of("native", call, weights)
+    (call,) = calls
+    problem = problem_of("native", call, layer)
     save = needs_gradient(problem)
     if call.alike and not (save and call.x.requires_grad):  # a gradient of x is each sequence's own
         problem = problem._replace(states=[h[:1] for h in problem.states], gate=[part[:1] for part in problem.gate])
-    return [result_of(call, apply(problem, save))]
+    return [result_of(call, problem, apply(problem, save))]

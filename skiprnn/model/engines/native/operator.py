@@ -10,6 +10,7 @@ from ctypes import Structure, byref, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from skiprnn.model.engines.call import valid
 from skiprnn.model.engines.native import build, memory
 from skiprnn.model.engines.operator import (
     CELLS,
@@ -21,6 +22,7 @@ from skiprnn.model.engines.operator import (
     Kernels,
     Outputs,
     Problem,
+    shapes,
 )
 
 WIDE = 1 << 16  # size of a weight of x from which one large product beats many small ones
@@ -79,9 +81,8 @@ class _Description:
         self.point_inputs("", *problem.lists)
         if problem.policy == "selective":
             self.struct.slope = problem.policy_weights[3].item()
-        lengths = None if problem.lengths is None else problem.lengths.to("cpu", torch.int64)
         self.point(self.struct, "x draw", [problem.x, problem.draw], problem.x.shape, self.decisions)
-        self.point(self.struct, "lengths", [lengths], (self.batch,), dtype=torch.int64)
+        self.point(self.struct, "lengths", [problem.lengths], (self.batch,), dtype=torch.int64)
 
     @property
     def decisions(self) -> tuple[int, ...]:
@@ -145,21 +146,15 @@ class _Description:
         function(byref(self.struct))
 
 
-def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
-    """The outputs' shapes. Saved are states and z before each update, and q and s; x is projected if it is wide."""
+def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """The states and z before each update, and q and s; the projected x, if it is wide."""
     batch, steps, inputs = problem.x.shape
-    hidden, entries, gates = problem.hidden, problem.entries, problem.gates
-    skip = problem.policy == "skip"
-    columns = _blocks(problem) * padded(hidden[0])
+    columns = problem.blocks * padded(problem.hidden[0])
     projected = inputs * columns >= WIDE and (save or problem.policy not in ("random_steps", "skip"))
-    wide = sum((entries + gates) * padded(size) for size in hidden)
+    wide = sum((problem.entries + problem.gates) * padded(size) for size in problem.hidden)
     return [
-        (batch, steps, hidden[-1]),
-        (batch * entries * sum(hidden),),
-        (2, batch) if skip else (0,),
-        (batch, steps, sum(hidden)) if problem.by_neuron else (batch, steps),
         ((steps + 1) * batch * wide if save else 0,),
-        (2, steps + 1, batch) if save and skip else (0,),
+        (2, steps + 1, batch) if save and problem.policy == "skip" else (0,),
         (batch, steps, columns) if projected else (0,),
     ]
 
@@ -221,11 +216,6 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
     return gradients
 
 
-def _blocks(problem: Problem) -> int:
-    """What x is multiplied for: the gates, and Selective's decisions."""
-    return problem.gates + (problem.policy == "selective")
-
-
 def _projection(problem: Problem) -> tuple[Tensor, Tensor]:
     """The first layer's weight (X, I) and bias (X,) of x, blocks padded from H to P rows."""
     hidden = problem.hidden[0]
@@ -243,9 +233,9 @@ def _happened(problem: Problem, updates: Tensor) -> Tensor:
     """Where the engine computed candidates that count, (B, T)."""
     if not problem.by_neuron:
         return updates != 0
-    batch, steps, _ = updates.shape
-    happened = torch.ones(batch, steps, dtype=torch.bool)
-    return happened if problem.lengths is None else torch.arange(steps) < problem.lengths.unsqueeze(1)
+    if problem.lengths is None:
+        return torch.ones(updates.shape[:2], dtype=torch.bool)
+    return valid(problem.lengths, updates.shape[1])
 
 
-KERNELS["native"] = Kernels(shapes, forward, backward)
+KERNELS["native"] = Kernels(kept, forward, backward)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from skiprnn.model.cells import Cell
+from skiprnn.model.engines import runs
 from skiprnn.model.engines.call import Call, Result, unknown
-from skiprnn.model.engines.operator import by_layers, run_stacked
 from skiprnn.model.engines.triton.launch import TILE, operands, padded, wasteful
 from skiprnn.model.policies import Policy, Skip
 
@@ -59,11 +59,6 @@ def run(call: Call) -> Result:
 
 def run_packed(calls: Sequence[Call]) -> list[Result]:
     """Several networks of one cell, policy and size on batches of one shape, in one launch."""
-    return by_layers(calls, _run_stacks)
-
-
-def _run_stacks(calls: Sequence[Call], policy_weights: Sequence[list[Tensor]]) -> list[Result]:
-    """The operator on all calls' tensors, stacked (R, ...)."""
     import skiprnn.model.engines.triton.operator  # noqa: F401  (registers the kernels; here, for not everybody has Triton)
 
-    return run_stacked("triton", calls, policy_weights)
+    return runs.run_packed("triton", calls)

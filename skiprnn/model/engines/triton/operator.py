@@ -10,17 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from skiprnn.model.engines.operator import (
-    KERNELS,
-    WEIGHTS,
-    Arriving,
-    Gradients,
-    Kernels,
-    Outputs,
-    Problem,
-    contiguous,
-    summed_product,
-)
+from skiprnn.model.engines.operator import KERNELS, WEIGHTS, Arriving, Gradients, Kernels, Outputs, Problem
+from skiprnn.model.engines.runs import contiguous, kept_shapes, of_input, summed_product
 from skiprnn.model.engines.triton import parts, resident, streamed
 from skiprnn.model.engines.triton.launch import FEW_INPUTS, TILE, columns, fits_chip, operands, padded
 
@@ -32,7 +23,7 @@ class _Sizes:
         self.gates, self.entries, self.hidden = problem.gates, problem.entries, problem.hidden
         self.runs, self.batch, self.steps, self.inputs = problem.x.shape
         self.layers, self.width = len(self.hidden), padded(max(self.hidden))
-        self.columns = self.gates + (problem.policy == "selective")
+        self.columns = problem.blocks
         self.operands = operands(problem.x.dtype)
         self.resident = fits_chip(self.gates, self.layers, self.width, self.operands)
         self.options: dict[str, Any] = {
@@ -67,70 +58,40 @@ class _Sizes:
         return states[0].view(self.states), states[-1].view(self.states), pre.view(self.pre)
 
 
-def shapes(problem: Problem, save: bool) -> list[tuple[int, ...]]:
-    """The outputs' shapes."""
-    sizes = _Sizes(problem)
-    rows = problem.x.shape[:3]
-    skip = problem.policy == "skip"
-    return [
-        (*rows, sizes.hidden[-1]),
-        (sizes.runs, sizes.batch * sizes.entries * sum(sizes.hidden)),
-        (sizes.runs, 2, sizes.batch) if skip else (0,),
-        (*rows, sizes.hidden[-1]) if problem.by_neuron else tuple(rows),
-        (sizes.saved() if save else 0,),
-        (sizes.runs, sizes.steps, 3, sizes.batch) if skip and save else (0,),
-        (0,),
-    ]
+def kept(problem: Problem, save: bool) -> list[tuple[int, ...]]:
+    """The states and the pre-activations, and Skip's gate."""
+    return kept_shapes(problem, save, _Sizes(problem).saved())
 
 
-def _recurrent_weights(sizes: _Sizes, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight (R, L, G, W, W) and input_weight of the upper layers, [.., in, out], in the operands' type."""
-    shape = sizes.runs, sizes.layers, sizes.gates, sizes.width, sizes.width
-    weight = weights[0].new_zeros(shape, dtype=dtype)
-    below = weights[0].new_zeros((sizes.runs, max(sizes.layers - 1, 1), *shape[2:]), dtype=dtype)
-    for layer, hidden in enumerate(sizes.hidden):
-        of_input, of_state, _ = weights[WEIGHTS * layer : WEIGHTS * (layer + 1)]
-        blocks = of_state.view(sizes.runs, sizes.gates, hidden, hidden)
-        weight[:, layer, :, :hidden, :hidden] = blocks.transpose(2, 3)
-        if layer:
-            inputs = sizes.hidden[layer - 1]
-            blocks = of_input.view(sizes.runs, sizes.gates, hidden, inputs)
-            below[:, layer - 1, :, :inputs, :hidden] = blocks.transpose(2, 3)
-    return weight, below
-
-
-def _input_weights(sizes: _Sizes, policy: str, weights, policy_weights) -> tuple[Tensor, Tensor]:
-    """x_weight (R, I, X, W) of the first layer and bias (R, L, X, W) of all."""
-    first = sizes.hidden[0]
-    x_weight = weights[0].new_zeros(sizes.runs, sizes.inputs, sizes.columns, sizes.width)
-    bias = weights[0].new_zeros(sizes.runs, sizes.layers, sizes.columns, sizes.width)
-    blocks = weights[0].view(sizes.runs, sizes.gates, first, sizes.inputs)
-    x_weight[:, :, : sizes.gates, :first] = blocks.permute(0, 3, 1, 2)
-    for layer, hidden in enumerate(sizes.hidden):
-        blocks = weights[WEIGHTS * layer + 2].view(sizes.runs, sizes.gates, hidden)
-        bias[:, layer, : sizes.gates, :hidden] = blocks
-    if policy == "selective":
-        x_weight[:, :, sizes.gates, :first] = policy_weights[0].transpose(1, 2)
-        bias[:, 0, sizes.gates, :first] = policy_weights[2]
-    return x_weight, bias
-
-
-def _widened(tensors: Sequence[Tensor], sizes: _Sizes, into: Tensor) -> Tensor:
+def _widen(tensors: Sequence[Tensor], into: Tensor) -> None:
     """One tensor (R, B, H) per layer -> into (R, L, B, W)."""
     for layer, tensor in enumerate(tensors):
         into[:, layer, :, : tensor.shape[-1]] = tensor
-    return into
 
 
 def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weights:
     """All weights as the kernels read them."""
-    of_h, of_below = _recurrent_weights(sizes, weights, sizes.operands)
-    of_x, bias = _input_weights(sizes, policy, weights, policy_weights)
-    more = sizes.width - sizes.hidden[-1]
+    runs, layers, gates, columns, width = sizes.runs, sizes.layers, sizes.gates, sizes.columns, sizes.width
+    of_x = weights[0].new_zeros(runs, sizes.inputs, columns, width)
+    bias = weights[0].new_zeros(runs, layers, columns, width)
+    of_h = weights[0].new_zeros(runs, layers, gates, width, width, dtype=sizes.operands)
+    of_below = weights[0].new_zeros(runs, max(layers - 1, 1), gates, width, width, dtype=sizes.operands)
+    for layer, hidden in enumerate(sizes.hidden):
+        three = weights[WEIGHTS * layer : WEIGHTS * (layer + 1)]
+        by_input, by_state, by_gate = (weight.view(runs, gates, hidden, -1) for weight in three)
+        of_h[:, layer, :, :hidden, :hidden] = by_state.mT
+        bias[:, layer, :gates, :hidden] = by_gate.squeeze(3)
+        if layer:
+            of_below[:, layer - 1, :, : by_input.shape[3], :hidden] = by_input.mT
+        else:
+            of_x[:, :, :gates, :hidden] = by_input.permute(0, 3, 1, 2)
     w_p = b_p = w_u = slope = None
+    more = width - sizes.hidden[-1]
     if policy == "skip":
         w_p, b_p = torch.nn.functional.pad(policy_weights[0], (0, more)), policy_weights[1].contiguous()
     if policy == "selective":
+        of_x[:, :, gates, : sizes.hidden[0]] = policy_weights[0].mT
+        bias[:, 0, gates, : sizes.hidden[0]] = policy_weights[2]
         w_u, slope = torch.nn.functional.pad(policy_weights[1], (0, more)), policy_weights[3].contiguous()
     return parts.Weights(of_x, bias, of_h, of_below, w_p, b_p, w_u, slope)
 
@@ -138,12 +99,11 @@ def _weights(sizes: _Sizes, policy: str, weights, policy_weights) -> parts.Weigh
 def forward(problem: Problem, save: bool) -> Outputs:
     """skiprnn::recurrence of R runs at once."""
     _, _, policy, x, states, weights, gate, policy_weights, draw, lengths = problem
-    sizes, expected = _Sizes(problem), shapes(problem, save)
-    output, _, last_gate, updates, saved, saved_gate, projected = (x.new_empty(shape) for shape in expected)
+    sizes, outputs = _Sizes(problem), Outputs.empty(problem, save)
     laid_out = _weights(sizes, policy, weights, policy_weights)
     few = sizes.inputs <= FEW_INPUTS
     nothing = x.new_empty(0)
-    h, c, pre = sizes.split(saved) if save else (nothing, nothing, nothing if few else x.new_empty(sizes.pre))
+    h, c, pre = sizes.split(outputs.saved) if save else (nothing, nothing, nothing if few else x.new_empty(sizes.pre))
     if not few:
         rows = x.transpose(1, 2).reshape(sizes.runs, -1, sizes.inputs)
         product = torch.baddbmm(laid_out.bias[:, 0].flatten(1).unsqueeze(1), rows, laid_out.of_x.flatten(2))
@@ -154,11 +114,12 @@ def forward(problem: Problem, save: bool) -> Outputs:
         now = list(x.new_empty(2, sizes.runs, sizes.layers, slots, sizes.batch, sizes.width))
         last = sizes.steps % slots
     for entry, buffer in zip(range(sizes.entries), now, strict=False):
-        _widened(states[entry :: sizes.entries], sizes, buffer[:, :, 0].zero_())
+        _widen(states[entry :: sizes.entries], buffer[:, :, 0].zero_())
     if policy == "skip":
-        last_gate.copy_(torch.stack(list(gate), 1))
+        outputs.final_gate.copy_(torch.stack(list(gate), 1))
     inputs = parts.Inputs(x.contiguous(), contiguous(draw), contiguous(lengths))
-    arguments = inputs, laid_out, *now, last_gate, parts.Saved(pre, h, c, saved_gate), output, updates
+    saved = parts.Saved(pre, h, c, outputs.saved_gate)
+    arguments = inputs, laid_out, *now, outputs.final_gate, saved, outputs.output, outputs.updates
     options = {**sizes.options, "INPUTS": sizes.inputs if few else 0, "SAVE": save}
     if sizes.resident:
         resident.forward[sizes.grid](*arguments, sizes.batch, sizes.steps, **options)
@@ -172,30 +133,29 @@ def forward(problem: Problem, save: bool) -> Outputs:
         for layer, hidden in enumerate(sizes.hidden)
         for buffer in now[: sizes.entries]
     ]
-    return Outputs(output, torch.cat(final, 1), last_gate, updates, saved, saved_gate, projected)
+    return outputs._replace(final=torch.cat(final, 1))
 
 
 def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input: bool) -> Gradients:
     """skiprnn::recurrence_backward of R runs at once."""
     _, cell, policy, x, _, weights, _, policy_weights, _, lengths = problem
-    _, _, _, updates, saved, saved_gate, _ = outputs
     d_output, d_final, d_gate, d_updates = arriving
     sizes = _Sizes(problem)
-    h, c, pre = sizes.split(saved)
+    h, c, pre = sizes.split(outputs.saved)
     laid_out = _weights(sizes, policy, weights, policy_weights)
     d_h, d_c = x.new_zeros(2, sizes.runs, sizes.layers, sizes.batch, sizes.width)
     if d_final is not None:
-        lengths_of = [sizes.batch * hidden for hidden in sizes.hidden for _ in range(sizes.entries)]
-        given = [part.view(sizes.runs, sizes.batch, -1) for part in d_final.split(lengths_of, 1)]
+        given = problem.split(d_final)
         for entry, into in zip(range(sizes.entries), (d_h, d_c), strict=False):
-            _widened(given[entry :: sizes.entries], sizes, into)
+            _widen(given[entry :: sizes.entries], into)
     d_pre = torch.empty_like(pre)
     reset = x.new_empty(sizes.reset if cell == "gru" else 0)
     skip = policy == "skip"
     d_last_gate = x.new_zeros(sizes.runs, 2, sizes.batch) if d_gate is None else d_gate.clone()
     d_logit = x.new_empty(sizes.runs, sizes.steps, sizes.batch) if skip else x.new_empty(0)
     gradients = parts.Gradients(contiguous(d_output), contiguous(d_updates), d_h, d_c, d_last_gate, d_pre, d_logit)
-    arguments = contiguous(lengths), laid_out, parts.Saved(pre, h, c, saved_gate), updates, gradients, reset
+    kept_parts = parts.Saved(pre, h, c, outputs.saved_gate)
+    arguments = contiguous(lengths), laid_out, kept_parts, outputs.updates, gradients, reset
     if sizes.resident:
         resident.backward[sizes.grid](*arguments, sizes.batch, sizes.steps, **sizes.options)
     else:
@@ -217,41 +177,33 @@ def backward(problem: Problem, outputs: Outputs, arriving: Arriving, needs_input
         found += [d_input_policy, d_state, d_u.sum((1, 2)), torch.zeros_like(policy_weights[3])]
     d_x = x.new_empty(0)
     if needs_input:
-        of_x = laid_out.of_x.flatten(2)
-        d_x = torch.bmm(d_pre[:, 0].reshape(sizes.runs, -1, of_x.shape[2]), of_x.transpose(1, 2))
-        d_x = d_x.view(sizes.runs, sizes.steps, sizes.batch, -1).transpose(1, 2).contiguous()
-    own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in found]
-    return Gradients.of([d_x, *own], problem)
+        d_x = of_input(d_pre[:, 0].flatten(3), laid_out.of_x.flatten(2).mT)
+    return Gradients.of([d_x, *found], problem)
 
 
 def _weight_gradients(sizes: _Sizes, cell: str, x: Tensor, h: Tensor, d_pre: Tensor, reset: Tensor):
     """Of weight_ih, weight_hh and bias of every layer, and of Selective's W_i: products over all steps and rows."""
-    found = []
-    d_gate_input = None
+    found, d_coordinator = [], None
     for layer, hidden in enumerate(sizes.hidden):
         d = d_pre[:, layer].flatten(3)  # (R, T, B, X * W)
 
-        def times(rows: Tensor, first: int = 0, last: int = sizes.columns, d=d) -> Tensor:
-            """The gradients of the gates first to last, times rows (R, T, B, K): (R, gates, W, K)."""
+        def times(rows: Tensor, first: int, last: int, d=d) -> Tensor:
+            """The gradients of the blocks first to last, times rows (R, T, B, K): (R, blocks, W, K)."""
             product = summed_product(d[..., first * sizes.width : last * sizes.width], rows)
             return product.view(sizes.runs, last - first, sizes.width, -1)
 
-        before = h[:, layer, :-1]
         if cell == "gru":
-            d_state = torch.cat([times(before, 0, 2), times(reset[:, layer], 2, 3)], 1)
+            d_state = torch.cat([times(h[:, layer, :-1], 0, 2), times(reset[:, layer], 2, 3)], 1)
         else:
-            d_state = times(before, 0, sizes.gates)
+            d_state = times(h[:, layer, :-1], 0, sizes.gates)
         if layer:
             d_input = times(h[:, layer - 1, 1:], 0, sizes.gates)[..., : sizes.hidden[layer - 1]]
         else:
-            d_input = times(x.transpose(1, 2))
+            d_input = times(x.transpose(1, 2), 0, sizes.columns)
+            d_coordinator = d_input[:, -1, :hidden]
         d_bias = d.sum((1, 2)).view(sizes.runs, sizes.columns, sizes.width)
-        if sizes.columns > sizes.gates:
-            d_gate_input = d_input[:, sizes.gates, :hidden]
-        found.append(d_input[:, : sizes.gates, :hidden].reshape(sizes.runs, sizes.gates * hidden, -1))
-        found.append(d_state[:, :, :hidden, :hidden].reshape(sizes.runs, sizes.gates * hidden, hidden))
-        found.append(d_bias[:, : sizes.gates, :hidden].reshape(sizes.runs, -1))
-    return found, d_gate_input
+        found += [part[:, : sizes.gates, :hidden].flatten(1, 2) for part in (d_input, d_state[..., :hidden], d_bias)]
+    return found, d_coordinator
 
 
-KERNELS["triton"] = Kernels(shapes, forward, backward)
+KERNELS["triton"] = Kernels(kept, forward, backward)
