@@ -18,6 +18,8 @@ import torch
 from conftest import SMALL, command, compose, trained
 
 from skiprnn import train
+from skiprnn.papers.experiments import Row
+from skiprnn.papers.plan import PlannedRun
 from skiprnn.training import command_line, job, provenance, setup
 from skiprnn.training import folder as runs
 from skiprnn.training.config import ConfigError, DivergedError
@@ -517,7 +519,7 @@ def test_a_best_checkpoint_is_none_to_go_on_from(complete):
 
 def test_a_figure_is_drawn_of_the_run_s_own_checkpoint(complete):
     folder, others = complete
-    row = figures.Row(1, [folder], [folder.record()])
+    (row,) = figures.complete([PlannedRun(Row("one"), folder.run, ())])
     assert figures.of_best(row, lambda module: f"seed {module.run.seed}") == f"seed {folder.run.seed}"
     folder.best.write_bytes(others.best.read_bytes())
     with pytest.raises(ConfigError, match=r"best.ckpt is of another run; delete it"):
