@@ -111,9 +111,10 @@ def test_page_shows_each_run_with_its_settings(html, output):
 
 
 def test_page_shows_the_claims_with_their_verdicts(html):
-    (claims, tests), found = (one["cells"] for one in held(html)["claims"]), judge(Path("results"))
+    (claims, tests, protocols), found = (one["cells"] for one in held(html)["claims"]), judge(Path("results"))
     assert [line[1:] for line in claims] == [[one.text, one.source, one.best, one.last] for one in found]
     assert [line[1] for line in tests] == [test.statement for one in found for test in one.findings]
+    assert any(folder == "table1" and "30 epochs instead of 600" in note for folder, note in protocols)
 
 
 @pytest.mark.parametrize(

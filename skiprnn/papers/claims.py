@@ -65,6 +65,7 @@ class Finding:
     statement: str
     folder: str  # of results/
     runs: list[int]  # of each row, that ended
+    protocols: list[str]  # what these runs' profiles say of themselves
     best: Outcome
     last: Outcome
 
@@ -245,7 +246,9 @@ def read(results: Path) -> list[Claim]:
         best, last = evaluate(test, rows, ""), evaluate(test, rows, LAST)
         other = any(other_data(experiment, row.results) for row in rows)
         statement = f"{stated(test)}{' (on other data than the paper)' if other else ''}"
-        return Finding(statement, content["records"][name], [row.results.done for row in rows], best, last)
+        profiles = [record.get("profile", {}) for row in rows for record in row.results.records]
+        notes = list(dict.fromkeys(profile["note"] for profile in profiles if profile.get("note")))
+        return Finding(statement, content["records"][name], [row.results.done for row in rows], notes, best, last)
 
     return [
         Claim(
@@ -299,8 +302,8 @@ def _settings(row: Row) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def tables(claims: Sequence[Claim]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As people read them: the claims, and their tests."""
+def tables(claims: Sequence[Claim]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """As people read them: the claims, their tests, and by what protocol the runs were trained."""
     overview = pd.DataFrame(
         {
             "": number,
@@ -325,16 +328,21 @@ def tables(claims: Sequence[Claim]) -> tuple[pd.DataFrame, pd.DataFrame]:
         for number, claim in enumerate(claims, 1)
         for finding in claim.findings
     )
-    return overview, tests
+    said: dict[str, dict[str, None]] = {}
+    for finding in (finding for claim in claims for finding in claim.findings):
+        said.setdefault(finding.folder, {}).update(dict.fromkeys(finding.protocols))
+    protocols = pd.DataFrame({"Records": folder, "Protocol": " / ".join(notes)} for folder, notes in said.items())
+    return overview, tests, protocols
 
 
 def markdown(claims: Sequence[Claim]) -> str:
-    """Both tables."""
+    """The tables, with their legend."""
     legend = (
         "Made from the records in this folder. A test holds if it is shown at 5 %, and does not if the contrary is: "
         "means by Welch's t-test, with 90 % intervals, spreads by an F-test, trends by Kendall's τ, times by an exact "
         f"rank test. A row of fewer than {LEAST_RUNS} runs decides nothing. A claim holds if all its tests do. Best "
-        "epoch: the one with the best validation score. Not tested: no statistic of the records can show it."
+        "epoch: the one with the best validation score. Not tested: no statistic of the records can show it. Verdicts "
+        "are on the runs' protocols, the last table, which are not all as published."
     )
-    overview, tests = (table.to_markdown(index=False, disable_numparse=True) for table in tables(claims))
-    return f"# What the papers claim\n\n{overview}\n\n{legend}\n\n{tests}\n"
+    overview, *rest = (table.to_markdown(index=False, disable_numparse=True) for table in tables(claims))
+    return "\n\n".join(["# What the papers claim", overview, legend, *rest]) + "\n"
