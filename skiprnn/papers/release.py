@@ -13,9 +13,9 @@ from skiprnn.model.policies import POLICIES
 from skiprnn.model.pretrained import FILE, LAST
 from skiprnn.model.recurrent import CLASSES, Recurrent
 from skiprnn.papers.records import has_own_time, weights_file
-from skiprnn.training import measures as metrics
 from skiprnn.training.config import ConfigError
 from skiprnn.training.folder import RunFolder, write_atomically
+from skiprnn.training.measures import SCORES
 
 CARD = """\
 ---
@@ -72,7 +72,7 @@ def card(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """The model card of a run's best checkpoint, from the run's record and the network's tensors."""
     data, model, training = (record["config"][part] for part in ("data", "model", "training"))
     best, git = record["best"], record["git"]
-    score = metrics.SCORES[record["task"]]
+    score = SCORES[record["task"]]
     digits = ".4f" if score == "accuracy" else ".3e"
     description = inspect.getdoc(get_class(data["_target_"])) or ""
     embedding = "; its input is the embedding of token ids, `embedding.weight`"
